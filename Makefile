@@ -1,0 +1,35 @@
+# Everything runs in .venv, made on first use. `make demo` and `make test` need nothing but Python 3.11 or newer.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+OUTPUT_DIR ?= outputs/demo
+
+.PHONY: install demo test test-slow lint format clean
+
+install: $(INSTALLED)
+
+$(INSTALLED): setup.cfg pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet --editable '.[dev]'
+	touch $@
+
+demo: install
+	$(BIN)/accelerate launch --num_processes 1 run_mim_pretrain.py --output_dir $(OUTPUT_DIR) --overwrite_output_dir
+
+test: install
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" tests
+
+test-slow: install
+	$(BIN)/python -m pytest -m slow tests
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv build *.egg-info

@@ -1,0 +1,1 @@
+"""MI-MAE: masked-image pre-training with mask-invariant mutual information."""

@@ -1,0 +1,1 @@
+"""Image sources, their order, decoding, augmentation and loaders."""

@@ -1,0 +1,1 @@
+"""The pre-training loop and what it stands on: schedule, parameter groups, checkpoints, monitors."""
