@@ -1,0 +1,93 @@
+"""The flags that say which data, and how it is read."""
+
+from dataclasses import dataclass, field
+from typing import get_args, get_type_hints
+
+from huggingface_hub.dataclasses import type_validator
+
+
+@dataclass
+class DataArguments:
+    """Flags of the data; `data.sources.open_image_source` and `data.loaders` say what they do.
+
+    Raises:
+        TypeError, ValueError: a field has the wrong type or value, or two name different data; names the field.
+    """
+
+    dataset_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "'digits' (embedded, the default), or a name or local path for 🤗 Datasets, as ILSVRC/imagenet-1k."
+        },
+    )
+    dataset_config_name: str | None = field(default=None, metadata={"help": "The configuration of --dataset_name."})
+    train_dir: str | None = field(
+        default=None, metadata={"help": "A folder of images, in class folders if they have labels, or of IDX files."}
+    )
+    validation_dir: str | None = field(default=None, metadata={"help": "The same for validation."})
+    data_files: list[str] | None = field(
+        default=None, metadata={"help": "Parquet or WebDataset (.tar) files: paths, globs or URLs."}
+    )
+    train_split: str = field(default="train", metadata={"help": "The split to train on."})
+    validation_split: str | None = field(
+        default=None, metadata={"help": "The split to validate on; default: 'validation' or 'test' if there."}
+    )
+    streaming: bool = field(
+        default=False,
+        metadata={"help": "Read parquet or tar shards where they lie instead of converting them on disk."},
+    )
+    image_column_name: str | None = field(
+        default=None, metadata={"help": "Default: the first column of type Image, else 'image'."}
+    )
+    label_column_name: str | None = field(
+        default=None, metadata={"help": "Default: the first column of type ClassLabel, else 'label'."}
+    )
+    cache_dir: str | None = field(default=None, metadata={"help": "Default: the cache of 🤗 Datasets."})
+    dataloader_num_workers: int = field(
+        default=0,
+        metadata={"help": "Processes that read and decode, for each training process; no influence on what is seen."},
+    )
+    shuffle_window: int = field(
+        default=8192, metadata={"help": "Rows of a sharded stream that are shuffled together; bounds the memory."}
+    )
+    max_bad_image_fraction: float = field(
+        default=0.01, metadata={"help": "Stop when more than this part of the images cannot be decoded."}
+    )
+    samples_per_epoch: int | None = field(default=None, metadata={"help": "Images per epoch; default: all."})
+    min_crop_scale: float = field(
+        default=0.2, metadata={"help": "The smallest random crop, as a part of the image's area."}
+    )
+    horizontal_flip: float = field(default=0.5, metadata={"help": "Probability of a flip; 0 for digits and letters."})
+
+    def __post_init__(self):
+        check_types(self)
+        self._check_one_place()
+        self._check_ranges()
+
+    def _check_one_place(self):
+        named = [name for name in ("dataset_name", "train_dir", "data_files") if getattr(self, name)]
+        if len(named) > 1:
+            raise ValueError(f"{' and '.join(named)} name different data: give one of them")
+
+    def _check_ranges(self):
+        for name in ("max_bad_image_fraction", "min_crop_scale", "horizontal_flip"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must lie in 0..1, got {getattr(self, name)}")
+        if self.min_crop_scale == 0:
+            raise ValueError("min_crop_scale must be above 0")
+        for name, least in (("dataloader_num_workers", 0), ("shuffle_window", 1), ("samples_per_epoch", 1)):
+            if getattr(self, name) is not None and getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+
+
+def check_types(arguments):
+    """Refuses, by name, a field of a dataclass whose value is not of the annotated type; turns `1` into a float.
+
+    `huggingface_hub`'s `@strict` would do it, were it not for `HfArgumentParser`, which writes over `field.type`.
+    """
+    for name, annotation in get_type_hints(type(arguments)).items():
+        value = getattr(arguments, name)
+        if type(value) is int and float in (annotation, *get_args(annotation)):
+            setattr(arguments, name, float(value))
+        else:
+            type_validator(name, value, annotation)

@@ -1,0 +1,69 @@
+"""What every image source offers, and the source that holds its images in memory.
+
+Shapes: n images in the source; H, W, C height, width and channels of one image.
+"""
+
+import hashlib
+
+import numpy as np
+
+
+class ImageSource:
+    """A finite, indexable set of images that have not been decoded yet.
+
+    Attributes:
+        block_sizes: int64 (blocks,), rows of each block in global index order; a block is what is read at one go.
+            A source whose rows can be read one by one is a single block.
+        label_names: names of the classes in label order, or None.
+        has_labels: whether `read` returns a label.
+        reads_blocks: whether a row costs as much as its whole block, so that a loader should call `read_block`.
+        fingerprint: hex digest of what identifies the data wherever it lies; a resumed run compares it.
+
+    Instances are picklable; whatever must be opened is opened in the process that reads.
+    """
+
+    block_sizes: np.ndarray
+    label_names: list[str] | None = None
+    has_labels: bool = False
+    reads_blocks: bool = False
+    fingerprint: str
+
+    def __len__(self):
+        return int(self.block_sizes.sum())
+
+    def read(self, index):
+        """Returns the row as (encoded bytes or uint8 array (H, W) or (H, W, C), label or None)."""
+        raise NotImplementedError
+
+    def describe(self, index):
+        """Returns "file:row", the sample's identity for people and logs."""
+        raise NotImplementedError
+
+    def next_in_file(self, index):
+        """Returns the index of the next row of the same file; the last row is followed by the first."""
+        return (index + 1) % len(self)
+
+
+class ArraySource(ImageSource):
+    """Images of one size, held in memory.
+
+    Args:
+        images: uint8 (n, H, W) or (n, H, W, C).
+        labels: integers (n,), or None.
+        name: what `describe` calls the "file".
+    """
+
+    def __init__(self, images, labels, *, name, label_names=None):
+        if len(images) == 0:
+            raise ValueError(f"{name} holds no image")
+        self.images, self.labels, self.name = images, labels, name
+        self.block_sizes = np.array([len(images)], dtype=np.int64)
+        self.has_labels = labels is not None
+        self.label_names = label_names
+        self.fingerprint = hashlib.sha256(f"{images.shape}".encode() + images.tobytes()).hexdigest()
+
+    def read(self, index):
+        return self.images[index], int(self.labels[index]) if self.has_labels else None
+
+    def describe(self, index):
+        return f"{self.name}:{index}"

@@ -1,0 +1,200 @@
+"""What 🤗 Datasets resolves: data sets of the Hub, local ones, folders of images, parquet and WebDataset files."""
+
+import hashlib
+import os
+from contextlib import contextmanager
+from pathlib import PurePosixPath
+
+import numpy as np
+from datasets import ClassLabel, Image, Value, load_dataset_builder
+from datasets.exceptions import DatasetNotFoundError
+from datasets.utils.file_utils import xopen
+from huggingface_hub import constants
+from huggingface_hub.errors import HfHubHTTPError
+
+from .base import ImageSource
+from .sharded import IMAGE_EXTENSIONS, ParquetSource, TarSource, parquet_features, tar_fields
+
+FINGERPRINTED_ROWS = 16
+NO_ACCESS = (401, 403, 404)
+
+
+class DatasetSource(ImageSource):
+    """A map-style 🤗 data set: an Arrow table on disk, or the paths of a folder of images.
+
+    Args:
+        dataset: a `datasets.Dataset`.
+        name: what `describe` calls rows that have no path of their own.
+        image_column, label_column: names; label_column may be None.
+    """
+
+    def __init__(self, dataset, *, name, image_column, label_column, label_names):
+        columns = [image_column] if label_column is None else [image_column, label_column]
+        self.dataset = dataset.select_columns(columns).cast_column(image_column, Image(decode=False))
+        self.name, self.image_column, self.label_column = name, image_column, label_column
+        self.label_names, self.has_labels = label_names, label_column is not None
+        self.block_sizes = np.array([len(dataset)], dtype=np.int64)
+        self.fingerprint = self._fingerprint()
+
+    def read(self, index):
+        row = self.dataset[int(index)]
+        return _file_bytes(row[self.image_column]), row[self.label_column] if self.has_labels else None
+
+    def describe(self, index):
+        path = self.dataset[int(index)][self.image_column]["path"]
+        return f"{self.name}:{index}" + (f" ({path})" if path else "")
+
+    def _fingerprint(self):
+        """Columns, length and a few whole rows; hashing every image would read the whole set at each start."""
+        digest = hashlib.sha256(repr([len(self), self.image_column, self.label_column]).encode())
+        for index in np.linspace(0, len(self) - 1, num=min(FINGERPRINTED_ROWS, len(self)), dtype=np.int64):
+            encoded, label = self.read(index)
+            digest.update(hashlib.sha256(encoded).digest() + repr(label).encode())
+        return digest.hexdigest()
+
+
+def open_dataset(path, *, split, name, config_name, data_dir, data_files, streaming, columns, cache_dir):
+    """Opens what 🤗 Datasets' `load_dataset(path, ...)` would, as an `ImageSource`.
+
+    Args:
+        path: a builder's name, a Hub name or a local folder.
+        name: what the user called it, for messages.
+        columns: (image column, label column) as the user named them, each may be None.
+
+    Raises:
+        ValueError: no access, no such split, no such column, a kind of file that cannot be streamed, no image.
+    """
+    with explained_access(name):
+        builder = load_dataset_builder(
+            path, name=config_name, data_dir=data_dir, data_files=data_files, cache_dir=cache_dir
+        )
+        splits = [str(key) for key in builder.info.splits or builder.config.data_files or ()]
+        if split not in splits:
+            raise ValueError(f"{name} has no split {split!r}; it has {splits}")
+        if streaming:
+            return _open_shards(builder, split, name=name, columns=columns, cache_dir=cache_dir)
+        builder.download_and_prepare()
+        dataset = builder.as_dataset(split)
+    if len(dataset) == 0:
+        raise ValueError(f"split {split!r} of {name} is empty")
+    image, label = find_columns(dataset.features, *columns, name=name)
+    return DatasetSource(
+        dataset,
+        name=f"{name}[{split}]",
+        image_column=image,
+        label_column=label,
+        label_names=getattr(dataset.features.get(label), "names", None),
+    )
+
+
+def _open_shards(builder, split, *, name, columns, cache_dir):
+    resolved = builder.config.data_files[split]
+    files = [str(file) for file in resolved]
+    # Without a modification time or an ETag nobody could tell a stale listing from a good one.
+    identities = resolved.origin_metadata if all(resolved.origin_metadata) else None
+    suffixes = {PurePosixPath(file).suffix.lower() for file in files}
+    features = builder.info.features
+    if suffixes == {".parquet"}:
+        features = features or parquet_features(files[0])
+        image, label = find_columns(features, *columns, name=name)
+        return ParquetSource(
+            files,
+            identities,
+            image_column=image,
+            label_column=label,
+            label_names=getattr(features.get(label), "names", None),
+            cache_dir=cache_dir,
+        )
+    if suffixes == {".tar"}:
+        images, label = find_tar_fields(tar_fields(files[0]), *columns, name=name)
+        return TarSource(
+            files,
+            identities,
+            image_fields=images,
+            label_field=label,
+            label_names=getattr((features or {}).get(label), "names", None),
+            cache_dir=cache_dir,
+        )
+    raise ValueError(
+        f"{name} cannot be streamed: only .parquet or .tar shards can be read at random, and split {split!r} holds "
+        f"{sorted(suffixes)}; drop --streaming to convert it once, on disk"
+    )
+
+
+def find_columns(features, image_column, label_column, *, name):
+    """Returns the names of the image and the label column (None without labels), by name or by type.
+
+    Raises:
+        ValueError: a named column is not there or is no label; no image column can be told. Lists the columns.
+    """
+    image = image_column or _first(features, Image) or _present(features, "image")
+    label = label_column or _first(features, ClassLabel) or _present(features, "label") or _present(features, "cls")
+    if image not in features:
+        wanted = f"image column {image!r}" if image else "column of images"
+        raise ValueError(f"{name} has no {wanted}; its columns are {list(features)}: set --image_column_name")
+    if label_column and label not in features:
+        raise ValueError(
+            f"{name} has no label column {label!r}; its columns are {list(features)}: set --label_column_name"
+        )
+    if label and not _holds_integers(features[label]):
+        if label_column:
+            raise ValueError(f"column {label!r} of {name} holds {features[label]}; labels must be integers")
+        label = None
+    return image, label
+
+
+def find_tar_fields(fields, image_column, label_column, *, name):
+    """Returns the extensions that may hold the image and the one that holds the label (None without labels)."""
+    images = (image_column,) if image_column else IMAGE_EXTENSIONS
+    label = label_column or _present(fields, "cls")
+    if not set(images) & set(fields):
+        raise ValueError(f"{name} has no member {images} in its first sample, which has {fields}")
+    if label and label not in fields:
+        raise ValueError(f"{name} has no label member {label!r} in its first sample, which has {fields}")
+    return images, label
+
+
+@contextmanager
+def explained_access(name):
+    """Turns what the libraries raise on 401, 403 and 404 into one message that says what to do."""
+    try:
+        yield
+    except Exception as error:
+        if not _is_refusal(error):
+            raise
+        raise ValueError(
+            f"cannot open the data set {name!r}: {str(error).splitlines()[0]}\n"
+            f"Its page is {constants.ENDPOINT}/datasets/{name} (a gated data set asks for consent there). "
+            "If it exists and you may see it, log in with `hf auth login`; else correct --dataset_name."
+        ) from error
+
+
+def _is_refusal(error):
+    """Whether the Hub's 401, 403 or 404 stands anywhere in the chain of causes; the libraries wrap it variously."""
+    while error is not None:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if isinstance(error, DatasetNotFoundError) or (isinstance(error, HfHubHTTPError) and status in NO_ACCESS):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _first(features, kind):
+    return next((column for column, feature in features.items() if isinstance(feature, kind)), None)
+
+
+def _present(names, name):
+    return name if name in names else None
+
+
+def _holds_integers(feature):
+    return isinstance(feature, ClassLabel) or (isinstance(feature, Value) and "int" in feature.dtype)
+
+
+def _file_bytes(cell):
+    if cell is None:
+        return b""
+    if cell["bytes"] is None and cell["path"]:
+        with xopen(os.fspath(cell["path"]), "rb") as file:
+            return file.read()
+    return cell["bytes"] or b""

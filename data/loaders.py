@@ -1,0 +1,304 @@
+"""Batches for training and evaluation.
+
+Shapes: B images per process and batch, G = B x processes (the global batch), C channels, h, w the model's image size.
+
+Training batches stand in the order of `SampleOrder`: batch b of an epoch is order[b * G : (b + 1) * G], and process r
+takes rows r * B to (r + 1) * B of it. Crop, flip and noise of a sample are functions of (seed, epoch, index). So what
+is seen depends neither on processes nor on workers nor on where a run was interrupted, and (epoch, position) is all
+the state there is.
+"""
+
+import logging
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from .decoding import BadImageError, decode_image
+from .order import SampleOrder, augmentation_seed, sample_noise
+
+logger = logging.getLogger(__name__)
+
+
+class BatchRequest(NamedTuple):
+    """One global batch: the epoch, and how many images of it come before the batch."""
+
+    epoch: int
+    position: int
+
+
+class BatchPlan:
+    """Which rows each batch of one process takes.
+
+    Args:
+        order: the `SampleOrder`.
+        samples_used: images per epoch, a multiple of the global batch.
+        stride: this many processes' workers take batches in turn; a worker sees every `stride`-th one.
+    """
+
+    def __init__(self, order, *, per_device_batch_size, global_batch_size, process_index, samples_used, stride):
+        self.order, self.samples_used, self.stride = order, samples_used, stride
+        self.batch_size, self.global_batch_size = per_device_batch_size, global_batch_size
+        self.first_row = process_index * per_device_batch_size
+
+    def requests(self, epoch, position):
+        """Yields the global batches from there on, without end."""
+        while True:
+            for start in range(position, self.samples_used, self.global_batch_size):
+                yield BatchRequest(epoch, start)
+            epoch, position = epoch + 1, 0
+
+    def rows(self, request):
+        """Returns the sample indices that this process takes of a batch: int64 (B,)."""
+        start = request.position + self.first_row
+        return self.order.slice(request.epoch, start, start + self.batch_size)
+
+    def upcoming(self, request):
+        """Returns the rows of this batch and of the worker's next ones, to the end of the window it reaches into."""
+        last = request.position + self.first_row + self.batch_size - 1
+        end = min(self.order.window_end(request.epoch, last), self.samples_used)
+        starts = range(request.position, end, self.stride * self.global_batch_size)
+        return np.concatenate([self.rows(BatchRequest(request.epoch, start)) for start in starts])
+
+
+class BlockReader:
+    """Reads every block once per epoch, keeping of it just the rows that this worker has yet to use.
+
+    The rows kept are those of one window, two at a boundary: over all workers of all processes about
+    2 x max(shuffle_window, largest block) encoded images, besides one block in each worker.
+    """
+
+    def __init__(self, source, plan):
+        self.source, self.plan, self.kept = source, plan, {}
+
+    def __call__(self, request):
+        indices = self.plan.rows(request)
+        missing = [index for index in indices.tolist() if index not in self.kept]
+        if missing:
+            self._read_blocks(self.source.block_of(np.array(missing)), self.plan.upcoming(request))
+        return [self.kept.pop(index) for index in indices.tolist()]
+
+    def _read_blocks(self, blocks, upcoming):
+        blocks_of_upcoming = self.source.block_of(upcoming)
+        for block in np.unique(blocks).tolist():
+            rows = np.sort(upcoming[blocks_of_upcoming == block])
+            self.kept.update(zip(rows.tolist(), self.source.read_block(block, rows), strict=True))
+
+
+class PretrainingSamples(Dataset):
+    """The DataLoader's view of a source: indexed by `BatchRequest`, it gives the samples of this process's part."""
+
+    def __init__(self, source, plan, *, transform, num_channels, noise_shape, seed):
+        self.source, self.plan, self.transform = source, plan, transform
+        self.num_channels, self.noise_shape, self.seed = num_channels, noise_shape, seed
+        self.read_blocks = BlockReader(source, plan) if source.reads_blocks else None
+
+    def __getitems__(self, request):
+        indices = self.plan.rows(request).tolist()
+        rows = self.read_blocks(request) if self.read_blocks else map(self.source.read, indices)
+        with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay where they were
+            return [self._sample(request.epoch, index, row[0]) for index, row in zip(indices, rows, strict=True)]
+
+    def _sample(self, epoch, index, encoded):
+        image, bad_image = self._decode(epoch, index, encoded)
+        # Not torch.manual_seed, which would also reseed the GPUs of a caller that loads in its own process.
+        torch.default_generator.manual_seed(augmentation_seed(self.seed, epoch, index))
+        return {
+            "pixel_values": self.transform(image),  # (C, H, W) -> (C, h, w)
+            "noise": torch.from_numpy(sample_noise(self.seed, epoch, index, self.noise_shape)),
+            "index": index,
+            "epoch": epoch,
+            "bad_image": bad_image,
+        }
+
+    def _decode(self, epoch, index, encoded):
+        """Returns the pixels and None, or those of the next good row of the file and what was wrong with this one."""
+        try:
+            return decode_image(encoded, self.num_channels), None
+        except BadImageError as error:
+            reason = error.reason
+        substitute = self.source.next_in_file(index)
+        while substitute != index:
+            try:
+                image = decode_image(self.source.read(substitute)[0], self.num_channels)
+            except BadImageError:
+                substitute = self.source.next_in_file(substitute)
+                continue
+            return image, {
+                "image": self.source.describe(index),
+                "index": index,
+                "epoch": epoch,
+                "reason": reason,
+                "substitute": self.source.describe(substitute),
+            }
+        raise RuntimeError(
+            f"no image in the file of {self.source.describe(index)} can be decoded (this one: {reason}); "
+            "remove the file from the data set, or fetch it again"
+        )
+
+
+class PretrainingLoader:
+    """Endless batches for pre-training, the same whatever the number of processes and workers.
+
+    Args:
+        source: an `ImageSource`.
+        transform: module, uint8 (C, H, W) -> uint8 (C, h, w), drawing only from torch's default generator.
+        num_channels: C.
+        noise_shape: shape of the noise that one sample's masks are cut from.
+        per_device_batch_size: B.
+        images_per_step: images per optimiser step over all processes, a multiple of G; default G. What is left of an
+            epoch after its last whole step is dropped; another epoch drops other images.
+        num_processes, process_index: of the distributed run.
+        seed: of order, augmentation and noise.
+        num_workers: processes that read and decode; 0: the caller's own.
+        shuffle_window: how many rows of a sharded source are shuffled together, see `SampleOrder`; with it the
+            encoded images that are held grow, see `BlockReader`.
+        samples_per_epoch: an epoch is this many images, drawn anew each time; default all.
+        pin_memory: copy batches to page-locked memory, for asynchronous copies to a GPU.
+
+    Every worker reads every block of a sharded source that it needs a row of, so a stream is read up to
+    `num_workers * num_processes` times per epoch: for a slow network keep workers few.
+
+    Raises:
+        ValueError: a number that cannot be; fewer images than one step takes.
+    """
+
+    def __init__(
+        self,
+        source,
+        *,
+        transform,
+        num_channels,
+        noise_shape,
+        per_device_batch_size,
+        images_per_step=None,
+        num_processes=1,
+        process_index=0,
+        seed=0,
+        num_workers=0,
+        shuffle_window=8192,
+        samples_per_epoch=None,
+        pin_memory=False,
+    ):
+        self.source, self.process_index, self.seed = source, process_index, seed
+        self.per_device_batch_size, self.num_workers, self.pin_memory = per_device_batch_size, num_workers, pin_memory
+        self.sample_options = {"transform": transform, "num_channels": num_channels, "noise_shape": noise_shape}
+        self.global_batch_size = per_device_batch_size * num_processes
+        self.images_per_step = images_per_step or self.global_batch_size
+        self.num_samples = len(source) if samples_per_epoch is None else samples_per_epoch
+        self._check_numbers()
+        self.samples_used = self.num_samples // self.images_per_step * self.images_per_step
+        self.order = SampleOrder(source.block_sizes, seed, shuffle_window)
+
+    def _check_numbers(self):
+        if self.num_samples > len(self.source):
+            raise ValueError(
+                f"samples_per_epoch is {self.num_samples}, but the data set has {len(self.source)} images"
+            )
+        if self.images_per_step % self.global_batch_size:
+            raise ValueError(
+                f"images_per_step ({self.images_per_step}) must be a multiple of the global batch, "
+                f"{self.global_batch_size}"
+            )
+        if self.num_samples < self.images_per_step:
+            raise ValueError(
+                f"an epoch of {self.num_samples} images is smaller than one step of {self.images_per_step}: "
+                "lower per_device_train_batch_size or gradient_accumulation_steps"
+            )
+
+    def batches(self, epoch=0, position=0):
+        """Yields batches from there on, going on into the next epochs without end.
+
+        Args:
+            position: images of the epoch that all processes together have consumed; a multiple of G.
+
+        Yields:
+            dict of "pixel_values" uint8 (B, C, h, w), "noise" float32 (B, *noise_shape), "index" int64 (B,), "epoch"
+            int64 (B,), and "bad_images", a list, mostly empty, of dicts with "image", "index", "epoch", "reason" and
+            "substitute".
+
+        Raises:
+            ValueError: a position that is no batch boundary of the epoch.
+            RuntimeError: no image of a file can be decoded.
+        """
+        if position % self.global_batch_size or not 0 <= position <= self.samples_used:
+            raise ValueError(
+                f"position {position} is no batch boundary: it must be a multiple of {self.global_batch_size}, "
+                f"at most {self.samples_used}"
+            )
+        plan = BatchPlan(
+            self.order,
+            per_device_batch_size=self.per_device_batch_size,
+            global_batch_size=self.global_batch_size,
+            process_index=self.process_index,
+            samples_used=self.samples_used,
+            stride=max(1, self.num_workers),
+        )
+        # The stream never ends, so neither do its workers: nothing would be gained by persistent_workers.
+        return iter(
+            DataLoader(
+                PretrainingSamples(self.source, plan, seed=self.seed, **self.sample_options),
+                batch_sampler=plan.requests(epoch, position),
+                collate_fn=collate,
+                num_workers=self.num_workers,
+                pin_memory=self.pin_memory,
+                generator=torch.Generator(),  # else the DataLoader draws from the caller's
+            )
+        )
+
+
+def collate(samples):
+    """Stacks the samples of a process's batch."""
+    return {
+        "pixel_values": torch.stack([sample["pixel_values"] for sample in samples]),  # (B, C, h, w)
+        "noise": torch.stack([sample["noise"] for sample in samples]),  # (B, *noise_shape)
+        "index": torch.tensor([sample["index"] for sample in samples]),
+        "epoch": torch.tensor([sample["epoch"] for sample in samples]),
+        "bad_images": [sample["bad_image"] for sample in samples if sample["bad_image"]],
+    }
+
+
+class EvaluationSamples(Dataset):
+    """Indexed by lists of sample indices; what cannot be decoded is named instead."""
+
+    def __init__(self, source, *, transform, num_channels):
+        self.source, self.transform, self.num_channels = source, transform, num_channels
+
+    def __getitems__(self, indices):
+        images, labels, bad_images = [], [], []
+        for index in indices:
+            encoded, label = self.source.read(index)
+            try:
+                images.append(self.transform(decode_image(encoded, self.num_channels)))  # (C, h, w)
+                labels.append(-1 if label is None else label)
+            except BadImageError as error:
+                bad_images.append(f"{self.source.describe(index)}: {error.reason}")
+        return images, labels, bad_images
+
+
+def evaluation_batches(source, *, indices=None, transform, num_channels, batch_size, num_workers=0):
+    """Yields the images in order, once; those that cannot be decoded are left out and counted in a warning.
+
+    Args:
+        indices: the samples wanted, default all.
+        transform: module, uint8 (C, H, W) -> uint8 (C, h, w).
+
+    Yields:
+        dict of "pixel_values" uint8 (B, C, h, w) and "labels" int64 (B,), -1 where there is no label.
+    """
+    indices = np.arange(len(source)) if indices is None else np.asarray(indices)
+    loader = DataLoader(
+        EvaluationSamples(source, transform=transform, num_channels=num_channels),
+        batch_sampler=[indices[start : start + batch_size].tolist() for start in range(0, len(indices), batch_size)],
+        collate_fn=tuple,
+        num_workers=num_workers,
+        generator=torch.Generator(),
+    )
+    bad_images = []
+    for images, labels, bad in loader:
+        bad_images += bad
+        if images:
+            yield {"pixel_values": torch.stack(images), "labels": torch.tensor(labels)}
+    if bad_images:
+        logger.warning("%d image(s) could not be decoded and were left out: %s", len(bad_images), bad_images[:10])
