@@ -46,7 +46,8 @@ def info_nce_loss(
     anchors = F.normalize(latent_vector.float(), dim=-1)  # (B, N, D)
     others = anchors if gathered is None else F.normalize(gathered.float(), dim=-1)  # (W·B, N, D)
 
-    similarity = anchors.flatten(0, 1) @ others.flatten(0, 1).T / temperature  # (B·N, W·B·N)
+    with torch.autocast(device_type=latent_vector.device.type, enabled=False):  # which would multiply in bfloat16
+        similarity = anchors.flatten(0, 1) @ others.flatten(0, 1).T / temperature  # (B·N, W·B·N)
     anchor_ids = torch.arange(num_images * num_views, device=similarity.device)  # (B·N,)
     self_ids = rank * num_images * num_views + anchor_ids
     is_self = torch.arange(similarity.shape[1], device=similarity.device) == self_ids[:, None]  # (B·N, W·B·N)

@@ -1,0 +1,84 @@
+"""Independent references: formulas of the paper and of MAE written as plainly as possible, sharing no code with mimae.
+
+Shapes: B images, N masks, L patches, V visible patches, D features.
+"""
+
+import math
+
+import torch
+from torch import distributions
+
+# a model of 16 patches and 2 + 1 blocks; N = 4 masks of r = 0.75 see 4 patches each
+TINY = {
+    "image_size": 16,
+    "patch_size": 4,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "decoder_hidden_size": 16,
+    "decoder_num_hidden_layers": 1,
+    "decoder_num_attention_heads": 2,
+    "decoder_intermediate_size": 32,
+}
+
+
+def masks_by_loops(noise: torch.Tensor, num_masks: int, num_visible: int) -> list[list[list[int]]]:
+    """The visible patches of each image and mask, in order: a circular window from floor(i·L/N) of the permutation."""
+    num_patches = noise.shape[1]
+    visible = []
+    for row in noise.tolist():
+        permutation = sorted(range(num_patches), key=row.__getitem__)
+        starts = [math.floor(i * num_patches / num_masks) for i in range(num_masks)]
+        visible.append([[permutation[(s + k) % num_patches] for k in range(num_visible)] for s in starts])
+    return visible
+
+
+def info_nce_by_loops(views: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Eq. 7-8 for (B, N, D): a double loop over the ordered pairs of views of one image."""
+    num_images, num_views, _ = views.shape
+    units = {(b, i): views[b, i] / views[b, i].norm() for b in range(num_images) for i in range(num_views)}
+    total = torch.zeros((), dtype=views.dtype)
+    for anchor, u in units.items():
+        negatives = torch.stack([u @ v / temperature for other, v in units.items() if other != anchor])
+        for k in range(num_views):
+            if k != anchor[1]:
+                total = total - u @ units[anchor[0], k] / temperature + negatives.exp().sum().log()
+    return total / num_views**2 / num_images
+
+
+def gaussian_log_likelihood(latent: torch.Tensor, mean: torch.Tensor, variance: torch.Tensor) -> torch.Tensor:
+    """Mean over the features of log N(latent; mean, variance), vectors in, scalar out."""
+    return distributions.Normal(mean, variance.sqrt()).log_prob(latent).mean()
+
+
+def club_by_loops(latent: torch.Tensor, mean: torch.Tensor, variance: torch.Tensor) -> torch.Tensor:
+    """Eq. 10 for (B, N, D): log q(z_j|X_j) against its mean over the masks k of the same image, k = j included."""
+    num_images, num_views, _ = latent.shape
+    total = torch.zeros((), dtype=latent.dtype)
+    for b in range(num_images):
+        for j in range(num_views):
+            own = gaussian_log_likelihood(latent[b, j], mean[b, j], variance[b, j])
+            others = [gaussian_log_likelihood(latent[b, k], mean[b, j], variance[b, j]) for k in range(num_views)]
+            total = total + own - sum(others) / num_views
+    return total / (num_images * num_views)
+
+
+def sincos_by_loops(grid_size: tuple[int, int], width: int) -> torch.Tensor:
+    """The official MAE's positions (1, 1+L, width): class token 0; column (width half) first, then row; sin, cos."""
+    rows = [[0.0] * width]
+    frequencies = [10000.0 ** (-k / (width // 4)) for k in range(width // 4)]
+    for y in range(grid_size[0]):
+        for x in range(grid_size[1]):
+            column = [math.sin(x * f) for f in frequencies] + [math.cos(x * f) for f in frequencies]
+            row = [math.sin(y * f) for f in frequencies] + [math.cos(y * f) for f in frequencies]
+            rows.append(column + row)
+    return torch.tensor([rows])
+
+
+def noise_for_mask(visible: list[int], num_patches: int) -> torch.Tensor:
+    """Noise (L,) from which ViTMAE's random masking cuts exactly this mask: the visible patches have the smallest."""
+    order = visible + [patch for patch in range(num_patches) if patch not in visible]
+    noise = torch.empty(num_patches)
+    noise[order] = torch.arange(num_patches, dtype=torch.float32) / num_patches
+    return noise
