@@ -1,0 +1,418 @@
+"""Pre-train with MI-MAE, or plain MAE: arguments → data, model, trainer → result.
+
+    accelerate launch run_mim_pretrain.py                                     # the demo, on embedded digits
+    accelerate launch run_mim_pretrain.py --config recipes/imagenet/mimae_vit_base_200e.yaml --output_dir out
+    accelerate launch run_mim_pretrain.py --config … --output_dir out --resume_from_checkpoint latest
+
+Exit codes: 0 done; 143 after SIGTERM and 138 after SIGUSR1, with a checkpoint of that very step; 1 on an error.
+"""
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import broadcast_object_list, set_seed
+from torchvision.transforms import InterpolationMode
+from transformers import PreTrainedConfig, ViTImageProcessor, ViTMAEConfig
+
+from mimae import MIMAEConfig, MIMAEForPreTraining, __version__
+from mimae.data.arguments import DataArguments
+from mimae.data.loaders import PretrainingLoader, evaluation_batches
+from mimae.data.sources import ImageSource, open_image_source
+from mimae.data.transforms import evaluation_transform, normalize, pretraining_transform
+from mimae.training.arguments import ModelArguments, PretrainingArguments, config_fields, parse_arguments
+from mimae.training.checkpoints import CheckpointStore
+from mimae.training.monitors import Evaluation, Probe, ReconstructionMonitor, probe_indices, split_indices
+from mimae.training.optimization import WarmupCosine, build_adamw, scaled_learning_rate
+from mimae.training.results import device_name, write_results
+from mimae.training.run_folder import claim_output_dir
+from mimae.training.signals import RunStopped
+from mimae.training.trainer import Intervals, Pretrainer
+
+logger = logging.getLogger("mimae")
+
+RECIPES = Path(__file__).parent / "recipes"
+IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+NUM_PICTURES = 8
+# where these differ, a checkpoint's weights have other shapes than the recipe's model
+SIZE_FIELDS = (
+    "hidden_size",
+    "num_hidden_layers",
+    "intermediate_size",
+    "image_size",
+    "patch_size",
+    "num_channels",
+    "qkv_bias",
+    "decoder_hidden_size",
+    "decoder_num_hidden_layers",
+    "decoder_intermediate_size",
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one pre-training and returns the exit code.
+
+    Args:
+        argv: flags; None = the command line.
+
+    Raises:
+        ValueError and its kin, before training starts: a flag, recipe, data set or folder that cannot be used.
+    """
+    groups = (ModelArguments, DataArguments, PretrainingArguments)
+    (model_args, data_args, args), model_fields, recipe = parse_arguments(
+        argv, groups, MIMAEConfig, default_recipe=RECIPES / "demo.yaml", description=__doc__
+    )
+    config = build_config(model_args.model_type, model_args.preset, model_fields)
+    resume = args.resume_from_checkpoint
+    PartialState(
+        cpu=args.use_cpu
+    )  # the processes meet; accelerate's trackers want the folder before an Accelerator is
+    claim = partial(claim_output_dir, args.output_dir, recipe, args.overwrite_output_dir, resume is not None)
+    output_dir = on_main_process(claim)
+    accelerator = start_accelerator(args, output_dir)
+    accelerator.init_trackers("mimae", config={"recipe": recipe.stem, "seed": args.seed})
+
+    set_seed(args.seed)
+    with accelerator.main_process_first():
+        source, probe_source = open_source(data_args, data_args.train_split), open_probe_source(data_args)
+    model = build_model(config, model_args)
+    mean, std = normalization(config.num_channels, args.image_mean, args.image_std)
+    processor = build_image_processor(config, mean, std)
+    loader = build_loader(source, config, data_args, args, accelerator)
+    steps_per_epoch = loader.samples_used // loader.images_per_step
+    schedule = build_schedule(args, steps_per_epoch, loader.images_per_step, config.num_views)
+    device_values = [torch.tensor(values, device=accelerator.device) for values in (mean, std)]
+    normalize_batch = partial(normalize, mean=device_values[0], std=device_values[1])
+    evaluation = build_evaluation(
+        source, probe_source, config, data_args, args, normalize_batch, mean, std, output_dir
+    )
+
+    def save_model(folder: Path) -> None:
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+
+    def interval(steps: int | None, epochs: float) -> int:
+        return steps or max(1, round(epochs * steps_per_epoch))
+
+    if args.torch_compile:
+        model.compile()
+    checkpoints = CheckpointStore(output_dir, args.checkpoints_total_limit)
+    trainer = Pretrainer(
+        accelerator=accelerator,
+        model=model,
+        optimizer=build_adamw(model, weight_decay=args.weight_decay, betas=(args.adam_beta1, args.adam_beta2)),
+        loader=loader,
+        normalize=normalize_batch,
+        schedule=schedule,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        max_grad_norm=args.max_grad_norm,
+        max_nonfinite_steps=args.max_nonfinite_steps,
+        intervals=Intervals(
+            logging=args.logging_steps,
+            checkpointing=interval(args.checkpointing_steps, args.checkpointing_epochs),
+            evaluation=interval(args.evaluation_steps, args.evaluation_epochs),
+        ),
+        output_dir=output_dir,
+        checkpoints=checkpoints,
+        settings=run_settings(
+            config, data_args, model_args, args, loader, schedule, accelerator.mixed_precision, (mean, std)
+        ),
+        save_model=save_model,
+        evaluate=partial(evaluation, model, accelerator),
+        max_bad_image_fraction=data_args.max_bad_image_fraction,
+    )
+    if resume is not None:
+        trainer.resume(on_main_process(lambda: checkpoints.resolve(resume)))
+
+    started = time.perf_counter()
+    try:
+        trainer.train()
+    except RunStopped as stop:
+        logger.info(
+            "stopped by %s at step %d; go on with --resume_from_checkpoint latest", stop, trainer.progress.step
+        )
+        return stop.exit_code
+    finally:
+        accelerator.end_training()
+    if accelerator.is_main_process:
+        save_model(output_dir)
+        print(
+            write_results(
+                output_dir,
+                recipe={**vars(model_args), **vars(data_args), **vars(args), **model_fields},
+                summary={
+                    "model_type": config.model_type,
+                    "dataset": data_args.dataset_name,
+                    "num_images": loader.num_samples,
+                    "steps": trainer.progress.step,
+                    "epochs": trainer.progress.step / steps_per_epoch,
+                    "world_size": accelerator.num_processes,
+                    "device": device_name(accelerator.device),
+                    "seconds": time.perf_counter() - started,
+                    "gate_opened_at_step": trainer.meter.gate_opened_at,
+                    "gate_threshold": config.mi_gate_threshold,
+                    "information_terms": config.mi_max_weight > 0 or config.mi_min_weight > 0,
+                    "seed": args.seed,
+                },
+                picture=evaluation.newest_picture,
+            )
+        )
+    return 0
+
+
+def build_config(model_type: str, preset: str | None, fields: dict[str, Any]) -> MIMAEConfig:
+    """The model's configuration from a recipe's values.
+
+    Raises:
+        ValueError: an unknown model type or preset, or fields that the configuration refuses.
+    """
+    if model_type != MIMAEConfig.model_type:
+        raise ValueError(f"model_type={model_type!r} is not known; there is {MIMAEConfig.model_type!r}")
+    return MIMAEConfig(**fields) if preset is None else MIMAEConfig.preset(preset, **fields)
+
+
+def build_model(config: MIMAEConfig, model_args: ModelArguments) -> MIMAEForPreTraining:
+    """The model, from scratch or with the weights of `--model_name_or_path`.
+
+    Raises:
+        ValueError: the checkpoint's sizes are not the recipe's; names them.
+    """
+    path, attention = model_args.model_name_or_path, model_args.attn_implementation
+    if path is None:
+        config._attn_implementation = attention
+        model = MIMAEForPreTraining(config)
+    else:
+        compare_with_checkpoint(config, PreTrainedConfig.get_config_dict(path)[0], path)
+        model = MIMAEForPreTraining.from_pretrained(path, config=config, attn_implementation=attention)
+    if model_args.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    return model
+
+
+def compare_with_checkpoint(config: MIMAEConfig, saved: dict[str, Any], path: str) -> None:
+    """On a warm start the recipe's values win: says where they differ, and refuses where the weights cannot fit."""
+    # what the checkpoint does not say has the default of ViTMAE, the older of the two layouts
+    defaults = {**ViTMAEConfig().to_dict(), **saved}
+    fields = [name for name in config_fields(MIMAEConfig) if name in defaults]
+    differing = {
+        name: (defaults[name], getattr(config, name)) for name in fields if defaults[name] != getattr(config, name)
+    }
+    clashes = {name: values for name, values in differing.items() if name in SIZE_FIELDS}
+    if clashes:
+        words = "; ".join(f"{name}: {there} there, {here} in the recipe" for name, (there, here) in clashes.items())
+        raise ValueError(f"the weights of {path} do not fit the recipe's model ({words}); choose its preset or sizes")
+    for name, (there, here) in differing.items():
+        logger.info("warm start: %s=%s, the recipe's, not the checkpoint's %s", name, here, there)
+
+
+def start_accelerator(args: PretrainingArguments, output_dir: Path) -> Accelerator:
+    """Devices and processes; the first line of the log says how many."""
+    report_to = None if args.report_to == "none" else args.report_to.split(",")
+    accelerator = Accelerator(
+        cpu=args.use_cpu, mixed_precision=args.mixed_precision, log_with=report_to, project_dir=output_dir
+    )
+    logging.basicConfig(
+        level=logging.INFO if accelerator.is_main_process else logging.WARNING,
+        format="%(asctime)s %(name)s: %(message)s",
+        datefmt="%H:%M:%S",
+        force=True,
+    )
+    logger.info(
+        "world size %d on %s, precision %s, mimae %s",
+        accelerator.num_processes,
+        accelerator.device,
+        accelerator.mixed_precision,
+        __version__,
+    )
+    return accelerator
+
+
+def on_main_process(compute: Callable[[], Any]) -> Any:
+    """What the main process computes, on all processes."""
+    result = [compute() if PartialState().is_main_process else None]
+    return broadcast_object_list(result)[0]
+
+
+def open_source(data_args: DataArguments, split: str, train_dir: str | None = None) -> ImageSource:
+    """The images that the flags name; `train_dir` replaces theirs."""
+    return open_image_source(
+        split=split,
+        dataset_name=data_args.dataset_name,
+        dataset_config_name=data_args.dataset_config_name,
+        train_dir=train_dir or data_args.train_dir,
+        data_files=data_args.data_files,
+        streaming=data_args.streaming,
+        image_column_name=data_args.image_column_name,
+        label_column_name=data_args.label_column_name,
+        cache_dir=data_args.cache_dir,
+    )
+
+
+def open_probe_source(data_args: DataArguments) -> ImageSource | None:
+    """Held-out images for the probe: the validation split or folder that the flags name, or one there is."""
+    if data_args.validation_dir is not None or data_args.validation_split is not None:
+        return open_source(data_args, data_args.validation_split or data_args.train_split, data_args.validation_dir)
+    if data_args.data_files is not None:
+        return None
+    for split in ("validation", "test"):
+        try:
+            return open_source(data_args, split)
+        except ValueError as error:
+            logger.debug("no split %s for the probe: %s", split, error)
+    return None
+
+
+def normalization(
+    num_channels: int, mean: list[float] | None, std: list[float] | None
+) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation per channel, in 0..1: the flags', else ImageNet's for 3 channels, else 0.5."""
+    is_rgb = num_channels == len(IMAGENET_MEAN)
+    mean = mean or (IMAGENET_MEAN if is_rgb else [0.5] * num_channels)
+    std = std or (IMAGENET_STD if is_rgb else [0.5] * num_channels)
+    if len(mean) != num_channels or len(std) != num_channels:
+        raise ValueError(
+            f"image_mean={mean} and image_std={std} must have one value for each of num_channels={num_channels}"
+        )
+    return mean, std
+
+
+def build_image_processor(config: MIMAEConfig, mean: list[float], std: list[float]) -> ViTImageProcessor:
+    """What users of the model put before it, as `preprocessor_config.json`."""
+    height, width = config.image_size_2d
+    return ViTImageProcessor(
+        size={"height": height, "width": width},
+        resample=InterpolationMode.BICUBIC.value,
+        image_mean=mean,
+        image_std=std,
+        do_convert_rgb=config.num_channels == len(IMAGENET_MEAN),
+    )
+
+
+def build_loader(
+    source: ImageSource,
+    config: MIMAEConfig,
+    data_args: DataArguments,
+    args: PretrainingArguments,
+    accelerator: Accelerator,
+) -> PretrainingLoader:
+    """Batches for this process."""
+    global_batch_size = args.per_device_train_batch_size * accelerator.num_processes
+    return PretrainingLoader(
+        source,
+        transform=pretraining_transform(
+            config.image_size_2d, min_scale=data_args.min_crop_scale, horizontal_flip=data_args.horizontal_flip
+        ),
+        num_channels=config.num_channels,
+        noise_shape=config.noise_shape,
+        per_device_batch_size=args.per_device_train_batch_size,
+        images_per_step=global_batch_size * args.gradient_accumulation_steps,
+        num_processes=accelerator.num_processes,
+        process_index=accelerator.process_index,
+        seed=args.seed,
+        num_workers=data_args.dataloader_num_workers,
+        shuffle_window=data_args.shuffle_window,
+        samples_per_epoch=data_args.samples_per_epoch,
+        pin_memory=accelerator.device.type == "cuda",
+    )
+
+
+def build_schedule(
+    args: PretrainingArguments, steps_per_epoch: int, images_per_step: int, num_views: int
+) -> WarmupCosine:
+    """Learning rate and length of the run."""
+    schedule = WarmupCosine(
+        peak=scaled_learning_rate(
+            args.base_learning_rate, images_per_step, num_views, args.lr_batch_unit, args.lr_base_batch
+        ),
+        final=args.min_learning_rate,
+        warmup_steps=round(args.warmup_epochs * steps_per_epoch),
+        total_steps=args.max_train_steps or max(1, round(args.num_train_epochs * steps_per_epoch)),
+    )
+    logger.info(
+        "%d steps, %d an epoch, of %d images (%d views); peak learning rate %.3g after %d steps",
+        schedule.total_steps,
+        steps_per_epoch,
+        images_per_step,
+        images_per_step * num_views,
+        schedule.peak,
+        schedule.warmup_steps,
+    )
+    if schedule.warmup_steps >= schedule.total_steps:
+        logger.warning("the run ends within its warm-up")
+    return schedule
+
+
+def build_evaluation(
+    source: ImageSource,
+    probe_source: ImageSource | None,
+    config: MIMAEConfig,
+    data_args: DataArguments,
+    args: PretrainingArguments,
+    normalize_batch: Callable[[torch.Tensor], torch.Tensor],
+    mean: list[float],
+    std: list[float],
+    folder: Path,
+) -> Evaluation:
+    """Pictures of a few images, and a probe where there are labels."""
+    read = {
+        "transform": evaluation_transform(config.image_size_2d, crop_ratio=args.evaluation_crop_ratio),
+        "num_channels": config.num_channels,
+        "batch_size": args.per_device_train_batch_size,
+        "num_workers": data_args.dataloader_num_workers,
+    }
+    held_out = probe_source or source
+    shown = probe_indices(held_out, NUM_PICTURES)
+    (batch,) = evaluation_batches(held_out, indices=shown, **{**read, "batch_size": NUM_PICTURES, "num_workers": 0})
+    noise = torch.rand(len(batch["labels"]), *config.noise_shape, generator=torch.Generator().manual_seed(args.seed))
+    pictures = ReconstructionMonitor(batch["pixel_values"], noise, normalize_batch, mean=mean, std=std)
+
+    probe = None
+    if source.has_labels and held_out.has_labels:
+        indices = probe_indices(source, args.probe_samples), probe_indices(held_out, args.probe_samples)
+        if held_out is source:
+            indices = split_indices(indices[0])
+            logger.info(
+                "no validation split: the probe is fitted on one half of its training images, tested on the other"
+            )
+        probe = Probe(source, indices[0], held_out, indices[1], normalize=normalize_batch, read=read)
+    return Evaluation(folder / "reconstructions", pictures, probe)
+
+
+def run_settings(
+    config: MIMAEConfig,
+    data_args: DataArguments,
+    model_args: ModelArguments,
+    args: PretrainingArguments,
+    loader: PretrainingLoader,
+    schedule: WarmupCosine,
+    mixed_precision: str,
+    normalization: tuple[list[float], list[float]],
+) -> dict[str, Any]:
+    """What a run's result follows from, as JSON holds it; a resumed run must have the same."""
+    settings = {
+        **{name: getattr(config, name) for name in config_fields(MIMAEConfig)},
+        **{name: getattr(data_args, name) for name in ("min_crop_scale", "horizontal_flip")},
+        **{name: getattr(args, name) for name in ("seed", "gradient_accumulation_steps", "weight_decay")},
+        **{name: getattr(args, name) for name in ("adam_beta1", "adam_beta2", "max_grad_norm")},
+        **{f"schedule.{name}": value for name, value in asdict(schedule).items()},
+        "images": loader.source.fingerprint,
+        "images_per_epoch": loader.num_samples,
+        "images_per_forward": loader.global_batch_size,
+        "shuffle_window": data_args.shuffle_window if loader.source.reads_blocks else None,
+        "image_mean_std": normalization,
+        "mixed_precision": mixed_precision,
+        "model_name_or_path": model_args.model_name_or_path,
+    }
+    return json.loads(json.dumps(settings))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

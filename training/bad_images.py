@@ -1,0 +1,58 @@
+"""Images that could not be decoded: named in `bad_images.jsonl`, counted once each, and a bound on their share."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+
+class TooManyBadImagesError(RuntimeError):
+    """More of the data set than `--max_bad_image_fraction` could not be decoded."""
+
+
+class BadImageLog:
+    """Collects what the workers report, and writes it when the processes meet anyway.
+
+    Args:
+        path: the file; a resumed run goes on in it.
+        num_images: size of the data set.
+        max_fraction: of it, above which the run stops.
+    """
+
+    def __init__(self, path: Path, accelerator: Accelerator, *, num_images: int, max_fraction: float):
+        self._path, self._accelerator = path, accelerator
+        self._num_images, self._max_fraction = num_images, max_fraction
+        self._pending: list[dict[str, Any]] = []
+        lines = path.read_text().splitlines() if path.exists() else []
+        self._known = {json.loads(line)["index"] for line in lines}
+
+    def add(self, reports: list[dict[str, Any]]) -> None:
+        """Reports of one batch of this process; usually none."""
+        self._pending += [report for report in reports if report["index"] not in self._known]
+
+    @property
+    def count(self) -> int:
+        """Distinct bad images so far."""
+        return len(self._known)
+
+    def flush(self) -> None:
+        """All processes write down what they met. Collective.
+
+        Raises:
+            TooManyBadImagesError: on all processes alike.
+        """
+        pending = self._pending if self._accelerator.num_processes == 1 else gather_object(self._pending)
+        self._pending = []
+        news = {report["index"]: report for report in pending if report["index"] not in self._known}
+        if news and self._accelerator.is_main_process:
+            with self._path.open("a") as file:
+                file.writelines(json.dumps(report) + "\n" for report in news.values())
+        self._known.update(news)
+        if self.count > self._max_fraction * self._num_images:
+            raise TooManyBadImagesError(
+                f"{self.count} of {self._num_images} images cannot be decoded, more than "
+                f"--max_bad_image_fraction {self._max_fraction}; {self._path.name} names them. "
+                "Mend or remove them, or raise the fraction, then --resume_from_checkpoint latest"
+            )

@@ -1,0 +1,149 @@
+"""Loss terms averaged on the device, written when logging: one line of JSON, the trackers, the progress bar."""
+
+import json
+import logging
+import math
+import os
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from tqdm.auto import tqdm
+
+logger = logging.getLogger(__name__)
+
+# fields of a model's output that are scalars; every model of this project has them
+OUTPUT_SCALARS = (
+    "loss",
+    "objective",
+    "reconstruction_loss",
+    "mi_max_loss",
+    "mi_min_loss",
+    "approximation_loss",
+    "mi_active",
+    "latent_norm",
+    "min_variance",
+    "dead_variance_fraction",
+)
+
+
+class StepMeter:
+    """What happened since the last log, and what must be known of the whole run, kept on the device.
+
+    Nothing here waits for the device until `read` or `state`.
+    """
+
+    def __init__(self, device: torch.device):
+        self._sums = torch.zeros(len(OUTPUT_SCALARS) + 1, device=device)
+        self._steps = torch.zeros((), device=device)
+        self._skipped = torch.zeros((), dtype=torch.int64, device=device)
+        self._in_a_row = torch.zeros((), dtype=torch.int64, device=device)
+        self._longest = torch.zeros((), dtype=torch.int64, device=device)
+        self._gate_opened_at = torch.full((), -1, dtype=torch.int64, device=device)
+
+    def update(self, step: int, scalars: torch.Tensor, grad_norm: torch.Tensor, is_finite: torch.Tensor) -> None:
+        """One optimiser step: scalars in `OUTPUT_SCALARS`' order; a step that was skipped stays out of the means."""
+        values = torch.cat([scalars, grad_norm.view(1)])
+        self._sums += torch.where(is_finite, values, 0.0).nan_to_num()
+        self._steps += is_finite
+        skipped = (~is_finite).long()
+        self._skipped += skipped
+        self._in_a_row = (self._in_a_row + skipped) * skipped
+        self._longest = torch.maximum(self._longest, self._in_a_row)
+        opens_now = (self._gate_opened_at < 0) & (scalars[OUTPUT_SCALARS.index("mi_active")] > 0)
+        self._gate_opened_at = torch.where(opens_now, step, self._gate_opened_at)
+
+    def read(self, accelerator: Accelerator) -> dict[str, float | None]:
+        """Means over steps and processes since the last call; None where every step was skipped."""
+        sums = accelerator.reduce(self._sums, reduction="mean").tolist()
+        steps = int(self._steps)
+        self._sums.zero_()
+        self._steps.zero_()
+        names = (*OUTPUT_SCALARS, "grad_norm")
+        return {name: value / steps if steps else None for name, value in zip(names, sums, strict=True)}
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps without a finite gradient, in the whole run."""
+        return int(self._skipped)
+
+    @property
+    def longest_skip(self) -> int:
+        """The most of them in a row."""
+        return int(self._longest)
+
+    @property
+    def gate_opened_at(self) -> int | None:
+        """The first step whose information terms counted; None while there was none."""
+        step = int(self._gate_opened_at)
+        return None if step < 0 else step
+
+    def state(self) -> dict[str, int]:
+        """What a checkpoint must keep."""
+        return {"skipped": int(self._skipped), "gate_opened_at": int(self._gate_opened_at)}
+
+    def load_state(self, state: dict[str, int]) -> None:
+        """The inverse of `state`."""
+        self._skipped.fill_(state["skipped"])
+        self._gate_opened_at.fill_(state["gate_opened_at"])
+
+
+class MetricLog:
+    """`metrics.jsonl`, the trackers and the progress bar; only the main process writes.
+
+    Args:
+        path: the file; on a resume its lines after `step` are dropped, since those steps are run again.
+        total_steps: of the run, for the bar; `step` are done.
+    """
+
+    def __init__(self, path: Path, accelerator: Accelerator, *, step: int, total_steps: int):
+        self._path, self._accelerator = path, accelerator
+        if accelerator.is_main_process:
+            self._drop_after(step)
+        self._bar = tqdm(
+            total=total_steps, initial=step, unit="step", disable=not accelerator.is_main_process, smoothing=0.05
+        )
+
+    def _drop_after(self, step: int) -> None:
+        if not self._path.exists():
+            return
+        kept = []
+        for line in self._path.read_text().splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+            except (json.JSONDecodeError, KeyError):
+                logger.warning("dropped a broken line of %s", self._path.name)  # the kill cut it
+        partial = self._path.with_suffix(".partial")
+        partial.write_text("".join(kept))
+        os.replace(partial, self._path)
+
+    def write(self, step: int, metrics: dict[str, float | None]) -> None:
+        """One line; values that are None or not finite become null, as JSON has no NaN."""
+        if not self._accelerator.is_main_process:
+            return
+        values = {k: v if v is not None and math.isfinite(v) else None for k, v in metrics.items()}
+        with self._path.open("a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+        self._accelerator.log({k: v for k, v in values.items() if v is not None}, step=step)
+
+    def advance(self) -> None:
+        """One more step is done."""
+        self._bar.update()
+
+    def show(self, metrics: dict[str, float | None]) -> None:
+        """The loss terms, the speed and the gate beside the bar."""
+        short = {
+            "rec": metrics["reconstruction_loss"],
+            "max": metrics["mi_max_loss"],
+            "min": metrics["mi_min_loss"],
+            "approx": metrics["approximation_loss"],
+        }
+        shown = {name: "skipped" if value is None else f"{value:.3f}" for name, value in short.items()}
+        shown["gate"] = "open" if metrics["mi_active"] else "closed"
+        shown["views/s"] = f"{metrics['views_per_second']:.0f}"
+        self._bar.set_postfix(shown)
+
+    def close(self) -> None:
+        """Ends the bar."""
+        self._bar.close()

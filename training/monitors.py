@@ -1,0 +1,141 @@
+"""What is looked at while a model trains: reconstructions of a few fixed images, and probes of its features.
+
+Both see images without augmentation, and change nothing: not the model's mode, not the gate, no random state.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import nn
+
+from ..data.loaders import evaluation_batches
+from ..data.sources import ImageSource
+from ..evaluation.features import extract_features
+from ..evaluation.probes import knn_accuracy, linear_probe_accuracy
+from .pictures import save_reconstructions
+
+
+class ReconstructionMonitor:
+    """Draws what the model makes of a few images.
+
+    Args:
+        pixel_values: (B, C, H, W), uint8.
+        noise: (B, *noise_shape), what their masks are cut from, the same each time.
+        normalize: uint8 images → what the model takes; `mean` and `std` are its inverse.
+    """
+
+    def __init__(
+        self,
+        pixel_values: torch.Tensor,
+        noise: torch.Tensor,
+        normalize: Callable[[torch.Tensor], torch.Tensor],
+        *,
+        mean: list[float],
+        std: list[float],
+    ):
+        self._pixel_values, self._noise, self._normalize = pixel_values, noise, normalize
+        self._mean, self._std = mean, std
+
+    @torch.no_grad()
+    def draw(self, model: nn.Module, accelerator: Accelerator, path: Path) -> None:
+        """Writes the picture. Collective: the model may gather its negatives."""
+        was_training = model.training
+        model.eval()
+        pixel_values = self._normalize(self._pixel_values.to(accelerator.device))
+        # not model(...): a compiled one would be compiled anew for this batch size
+        output = model.forward(pixel_values, noise=self._noise.to(accelerator.device))
+        model.train(was_training)
+        if accelerator.is_main_process:
+            save_reconstructions(
+                path,
+                pixel_values.float().cpu(),
+                output.logits.float().cpu(),
+                output.mask.cpu(),
+                patch_size=model.config.patch_size,
+                norm_pix_loss=model.config.norm_pix_loss,
+                mean=self._mean,
+                std=self._std,
+            )
+
+
+class Probe:
+    """Accuracy of classifiers on frozen features: k nearest neighbours, and a linear one.
+
+    Args:
+        train, test: sources with labels; the classifier is fitted on the first and tested on the second.
+        train_indices, test_indices: which of their images.
+        read: how images are read: keyword arguments of `evaluation_batches`.
+    """
+
+    def __init__(
+        self,
+        train: ImageSource,
+        train_indices: np.ndarray,
+        test: ImageSource,
+        test_indices: np.ndarray,
+        *,
+        normalize: Callable[[torch.Tensor], torch.Tensor],
+        read: dict,
+    ):
+        self._parts = ((train, train_indices), (test, test_indices))
+        self._normalize, self._read = normalize, read
+
+    def measure(self, model: nn.Module, accelerator: Accelerator) -> dict[str, float]:
+        """`knn_accuracy` and `linear_accuracy`, in [0, 1]. Collective: each process extracts its share of features."""
+        features = [x for part in self._parts for x in self._features(model, accelerator, *part)]
+        if not accelerator.is_main_process:
+            return {}
+        return {"knn_accuracy": knn_accuracy(*features), "linear_accuracy": linear_probe_accuracy(*features)}
+
+    def _features(
+        self, model: nn.Module, accelerator: Accelerator, source: ImageSource, indices: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        share = indices[accelerator.process_index :: accelerator.num_processes]
+        batches = evaluation_batches(source, indices=share, **self._read)
+        part = extract_features(model, batches, normalize=self._normalize, device=accelerator.device)
+        parts = [part] if accelerator.num_processes == 1 else gather_object([part])
+        return np.concatenate([f for f, _ in parts]), np.concatenate([labels for _, labels in parts])
+
+
+class Evaluation:
+    """Everything that is looked at, at one step.
+
+    Args:
+        folder: where the pictures go, `step-0000500.png`.
+        pictures: of reconstructions.
+        probe: None for images without labels.
+    """
+
+    def __init__(self, folder: Path, pictures: ReconstructionMonitor, probe: Probe | None):
+        self._folder, self._pictures, self._probe = folder, pictures, probe
+
+    def __call__(self, model: nn.Module, accelerator: Accelerator, step: int) -> dict[str, float]:
+        """Draws, and returns the probe's metrics on the main process. Collective."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._pictures.draw(model, accelerator, self._folder / f"step-{step:07d}.png")
+        return self._probe.measure(model, accelerator) if self._probe else {}
+
+    @property
+    def newest_picture(self) -> Path:
+        """The one drawn last."""
+        return max(self._folder.glob("step-*.png"))
+
+
+def probe_indices(source: ImageSource, limit: int) -> np.ndarray:
+    """At most `limit` indices of a source, drawn once for all runs alike; whole blocks where rows come in blocks."""
+    random = np.random.default_rng(0)
+    if not source.reads_blocks:
+        return np.sort(random.permutation(len(source))[:limit])
+    ends = np.cumsum(source.block_sizes)
+    blocks = random.permutation(len(ends))
+    indices = np.concatenate([np.arange(ends[b] - source.block_sizes[b], ends[b]) for b in blocks[:limit]])
+    return np.sort(indices[:limit])
+
+
+def split_indices(indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Two halves to fit and to test on, for a set without a validation split."""
+    return indices[::2], indices[1::2]

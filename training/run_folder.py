@@ -1,0 +1,61 @@
+"""The folder of a run: where it lies, who holds it, and what it may hold when a run begins."""
+
+import shutil
+from pathlib import Path
+
+from .checkpoints import CheckpointStore, OutputDirLock
+
+# what a run leaves behind; nothing else is ever deleted
+RUN_FILES = ("metrics.jsonl", "bad_images.jsonl", "config.json", "model.safetensors", "README.md", "curves.png")
+RUN_FOLDERS = ("checkpoint-*", "reconstructions", "mimae")
+
+
+class OutputDirNotEmptyError(ValueError):
+    """The output folder holds another run."""
+
+
+def claim_output_dir(requested: str | None, recipe: Path, overwrite: bool, resume: bool) -> Path:
+    """The folder of this run, locked until the process ends; call it on one process only.
+
+    Args:
+        requested: --output_dir; None = `outputs/<recipe>`, or the first of `outputs/<recipe>-2`, … that is free.
+        overwrite: delete the run that the folder holds.
+        resume: go on with it.
+
+    Raises:
+        OutputDirNotEmptyError: the folder holds a run, and neither `overwrite` nor `resume` says what to do with it.
+        OutputDirInUseError: a live process has it.
+        ValueError: nothing says what to resume.
+    """
+    if requested is None and resume:
+        raise ValueError("--resume_from_checkpoint needs --output_dir, the folder of the run to go on with")
+    folder = Path(requested) if requested else _first_free(Path("outputs") / recipe.stem)
+    OutputDirLock(folder).acquire()
+    CheckpointStore(folder, total_limit=None).remove_partials()
+    if overwrite and not resume:
+        _delete_run(folder)
+    elif _holds_run(folder) and not resume:
+        raise OutputDirNotEmptyError(
+            f"{folder} holds another run. Go on with it: --resume_from_checkpoint latest; delete it: "
+            "--overwrite_output_dir; or choose another --output_dir"
+        )
+    return folder
+
+
+def _first_free(folder: Path) -> Path:
+    candidate, number = folder, 2
+    while _holds_run(candidate):
+        candidate, number = folder.with_name(f"{folder.name}-{number}"), number + 1
+    return candidate
+
+
+def _holds_run(folder: Path) -> bool:
+    return any((folder / name).exists() for name in RUN_FILES) or any(folder.glob(RUN_FOLDERS[0]))
+
+
+def _delete_run(folder: Path) -> None:
+    for pattern in RUN_FOLDERS:
+        for path in folder.glob(pattern):
+            shutil.rmtree(path)
+    for name in RUN_FILES:
+        (folder / name).unlink(missing_ok=True)

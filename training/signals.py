@@ -1,0 +1,45 @@
+"""SIGTERM and SIGUSR1 ask for a checkpoint and an end; all processes answer at the same step."""
+
+import signal
+
+import torch
+import torch.distributed as dist
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class RunStopped(Exception):
+    """The run was asked to stop and has saved a checkpoint. `exit_code` is 128 + signal, as in a shell."""
+
+    def __init__(self, signum: int):
+        super().__init__(signal.Signals(signum).name)
+        self.exit_code = 128 + signum
+
+
+class StopRequest:
+    """Remembers the first stop signal; `agreed()` tells all processes alike whether any of them got one."""
+
+    def __init__(self):
+        self._signum = 0
+        # on the host, beside the training's own group: agreeing must not wait for the device
+        alone = not (dist.is_initialized() and dist.get_world_size() > 1)
+        self._group = None if alone else dist.new_group(backend="gloo")
+
+    def __enter__(self) -> "StopRequest":
+        self._previous = {s: signal.signal(s, self._remember) for s in STOP_SIGNALS}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for signum, handler in self._previous.items():
+            signal.signal(signum, handler)
+
+    def _remember(self, signum: int, _frame) -> None:
+        self._signum = self._signum or signum
+
+    def agreed(self) -> int:
+        """The signal's number if any process got one, else 0."""
+        if self._group is None:
+            return self._signum
+        signum = torch.tensor(self._signum)
+        dist.all_reduce(signum, op=dist.ReduceOp.MAX, group=self._group)
+        return int(signum)

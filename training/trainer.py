@@ -1,0 +1,296 @@
+"""The pre-training loop: one backward, one optimiser step, nothing that waits for the device in between.
+
+A step is a pure function of the model's and the optimiser's state and of (seed, epoch, position), so that a run that
+is resumed from a checkpoint is, bit for bit on a CPU, the run that was never stopped.
+"""
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from safetensors.torch import save_file
+from torch import nn
+
+from ..data.loaders import PretrainingLoader
+from .bad_images import BadImageLog
+from .checkpoints import (
+    CheckpointStore,
+    load_optimizer,
+    load_tensors,
+    random_state,
+    read_json,
+    save_optimizer,
+    set_random_state,
+    write_json,
+)
+from .metrics import OUTPUT_SCALARS, MetricLog, StepMeter
+from .optimization import WarmupCosine, clip_gradients, parameter_names
+from .signals import RunStopped, StopRequest
+
+logger = logging.getLogger(__name__)
+
+
+class NonFiniteError(RuntimeError):
+    """Too many steps in a row had no finite gradient; the last finite state was saved."""
+
+
+@dataclass
+class Progress:
+    """Where a run is: optimiser steps done, and images consumed in the current epoch, over all processes."""
+
+    step: int = 0
+    epoch: int = 0
+    position: int = 0
+
+
+@dataclass(frozen=True)
+class Intervals:
+    """Steps between logs, checkpoints, and evaluations."""
+
+    logging: int
+    checkpointing: int
+    evaluation: int
+
+
+class Pretrainer:
+    """Trains a model whose output carries `loss` and the scalars of `OUTPUT_SCALARS`.
+
+    Args:
+        accelerator: devices, processes, precision, trackers.
+        model: not yet prepared.
+        optimizer: one that takes `found_inf` (AdamW, fused).
+        loader: batches of uint8 images and mask noise, as a function of (epoch, position).
+        normalize: uint8 images on the device → what the model takes.
+        schedule: the learning rate of each step, and how many steps the whole run has.
+        gradient_accumulation_steps: forward passes per step.
+        max_grad_norm: None = no clipping.
+        max_nonfinite_steps: skipped steps in a row at which the run stops.
+        intervals: of logging, checkpoints, evaluation.
+        output_dir: where `metrics.jsonl`, `bad_images.jsonl` and the checkpoints lie.
+        checkpoints: where they are published.
+        settings: what the result follows from; kept in each checkpoint, compared on a resume.
+        save_model: writes model, configuration and preprocessing into a folder.
+        evaluate: called with the step, on all processes; returns metrics on the main one.
+        max_bad_image_fraction: of the data set.
+    """
+
+    def __init__(
+        self,
+        *,
+        accelerator: Accelerator,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        loader: PretrainingLoader,
+        normalize: Callable[[torch.Tensor], torch.Tensor],
+        schedule: WarmupCosine,
+        gradient_accumulation_steps: int,
+        max_grad_norm: float | None,
+        max_nonfinite_steps: int,
+        intervals: Intervals,
+        output_dir: Path,
+        checkpoints: CheckpointStore,
+        settings: dict[str, Any],
+        save_model: Callable[[Path], None],
+        evaluate: Callable[[int], dict[str, float]],
+        max_bad_image_fraction: float,
+    ):
+        self.accelerator, self.loader, self.normalize = accelerator, loader, normalize
+        self.schedule = schedule
+        self.gradient_accumulation_steps, self.max_grad_norm = gradient_accumulation_steps, max_grad_norm
+        self.max_nonfinite_steps, self.intervals = max_nonfinite_steps, intervals
+        self.output_dir, self.checkpoints = output_dir, checkpoints
+        self.settings, self.save_model, self.evaluate = settings, save_model, evaluate
+
+        self.unwrapped = model
+        self.parameter_names = parameter_names(model, optimizer)
+        trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        self.approximator_parameters = [p for name, p in trainable if name.startswith("approximator.")]
+        self.other_parameters = [p for name, p in trainable if not name.startswith("approximator.")]
+        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+
+        self.progress = Progress()
+        self.meter = StepMeter(accelerator.device)
+        self.bad_images = BadImageLog(
+            output_dir / "bad_images.jsonl",
+            accelerator,
+            num_images=loader.num_samples,
+            max_fraction=max_bad_image_fraction,
+        )
+
+    def train(self) -> None:
+        """Runs to the schedule's last step, from wherever `resume` has put it, and saves at the end.
+
+        Raises:
+            RunStopped: a signal asked for it; a checkpoint is saved.
+            NonFiniteError: a checkpoint of the last finite state is saved.
+            TooManyBadImagesError: a checkpoint is saved.
+        """
+        self.metrics = MetricLog(
+            self.output_dir / "metrics.jsonl",
+            self.accelerator,
+            step=self.progress.step,
+            total_steps=self.schedule.total_steps,
+        )
+        batches = self.loader.batches(self.progress.epoch, self.progress.position)
+        if self.progress.step == 0:
+            self.metrics.write(0, self.evaluate(0))
+        self._last_log = (time.perf_counter(), self.progress.step)
+        self.model.train()
+        try:
+            with StopRequest() as stop_request:
+                while self.progress.step < self.schedule.total_steps:
+                    self._step(batches)
+                    self._after_step(stop_request)
+        finally:
+            self.metrics.close()
+            if hasattr(batches, "close"):
+                batches.close()
+
+    def _step(self, batches: Iterator[dict[str, Any]]) -> None:
+        scalars = torch.zeros(len(OUTPUT_SCALARS), device=self.accelerator.device)
+        for micro_step in range(1, self.gradient_accumulation_steps + 1):
+            batch = next(batches)
+            self.bad_images.add(batch["bad_images"])
+            is_last = micro_step == self.gradient_accumulation_steps
+            with contextlib.nullcontext() if is_last else self.accelerator.no_sync(self.model):
+                scalars += self._forward_backward(batch) / self.gradient_accumulation_steps
+        self._update(scalars)
+
+        self.progress.step += 1
+        self.progress.position += self.loader.images_per_step
+        if self.progress.position >= self.loader.samples_used:
+            self.progress.epoch, self.progress.position = self.progress.epoch + 1, 0
+        self.metrics.advance()
+
+    def _forward_backward(self, batch: dict[str, Any]) -> torch.Tensor:
+        """The output's scalars, detached, in `OUTPUT_SCALARS`' order."""
+        device = self.accelerator.device
+        pixel_values = self.normalize(batch["pixel_values"].to(device, non_blocking=True))
+        output = self.model(pixel_values, noise=batch["noise"].to(device, non_blocking=True))
+        self.accelerator.backward(output.loss / self.gradient_accumulation_steps)
+        return torch.stack([output[name].detach().float() for name in OUTPUT_SCALARS])
+
+    def _update(self, scalars: torch.Tensor) -> None:
+        """One optimiser step, or none where the gradient is not finite: decided on the device, from the reduced
+        gradient, and so by all processes alike."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.schedule(self.progress.step)
+        if self.accelerator.scaler is not None:
+            self.accelerator.unscale_gradients()
+        grad_norm = clip_gradients(self.other_parameters, self.approximator_parameters, self.max_grad_norm)
+        is_finite = grad_norm.isfinite()
+        if self.accelerator.scaler is None:  # with one, fp16's scaler skips the step itself
+            self.optimizer.optimizer.grad_scale = None
+            self.optimizer.optimizer.found_inf = (~is_finite).float()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.meter.update(self.progress.step + 1, scalars, grad_norm, is_finite)
+
+    def _after_step(self, stop_request: StopRequest) -> None:
+        step = self.progress.step
+        is_end = step == self.schedule.total_steps
+        if step % self.intervals.logging == 0 or is_end:
+            self._log()
+        if step % self.intervals.evaluation == 0 or is_end:
+            self.metrics.write(step, self.evaluate(step))
+        signum = 0 if is_end else stop_request.agreed()
+        if step % self.intervals.checkpointing == 0 or is_end or signum:
+            self.save()
+        if signum:
+            raise RunStopped(signum)
+
+    def _log(self) -> None:
+        metrics = self.meter.read(self.accelerator)
+        now, (then, last_step) = time.perf_counter(), self._last_log
+        images_per_second = (self.progress.step - last_step) * self.loader.images_per_step / (now - then)
+        self._last_log = (now, self.progress.step)
+        metrics |= {
+            "learning_rate": self.schedule(self.progress.step - 1),
+            "epoch": self.progress.epoch + self.progress.position / self.loader.samples_used,
+            "images_per_second": images_per_second,
+            "views_per_second": images_per_second * self.unwrapped.config.num_views,
+            "skipped_steps": self.meter.skipped_steps,
+        }
+        self._stop_if_hopeless()
+        self.metrics.write(self.progress.step, {**metrics, "bad_images": self.bad_images.count})
+        self.metrics.show(metrics)
+
+    def _stop_if_hopeless(self) -> None:
+        """Bad images and skipped steps are looked at when logging, where the device is waited for anyway."""
+        try:
+            self.bad_images.flush()
+            if self.meter.longest_skip >= self.max_nonfinite_steps:
+                raise NonFiniteError(
+                    f"{self.meter.longest_skip} steps in a row had no finite gradient "
+                    f"(--max_nonfinite_steps {self.max_nonfinite_steps}). A lower base_learning_rate, a longer "
+                    "warm-up or --max_grad_norm may help; the last finite state is saved"
+                )
+        except RuntimeError:
+            self.save()
+            raise
+
+    def save(self) -> None:
+        """Publishes a checkpoint of this moment. Collective: rank 0 writes for all."""
+        random_states = [random_state()]
+        if self.accelerator.num_processes > 1:
+            random_states = gather_object(random_states)
+        if self.accelerator.is_main_process:
+            path = self.checkpoints.save(self.progress.step, lambda folder: self._write(folder, random_states))
+            logger.info("saved %s", path)
+        self.accelerator.wait_for_everyone()
+
+    def _write(self, folder: Path, random_states: list[dict[str, torch.Tensor]]) -> None:
+        self.save_model(folder)
+        save_optimizer(folder, self.optimizer.optimizer, self.parameter_names)
+        for rank, state in enumerate(random_states):
+            save_file(state, folder / f"random_state_{rank}.safetensors")
+        scaler = self.accelerator.scaler
+        state = {
+            "progress": asdict(self.progress),
+            "meter": self.meter.state(),
+            "scaler": scaler.state_dict() if scaler is not None else None,
+            "settings": self.settings,
+        }
+        write_json(folder / "trainer_state.json", state)
+
+    def resume(self, checkpoint: Path) -> None:
+        """Continues where `checkpoint` was saved.
+
+        Raises:
+            ValueError: the checkpoint belongs to a run with other settings (names them), or to another model.
+        """
+        state = read_json(checkpoint / "trainer_state.json")
+        refuse_other_settings(state["settings"], self.settings)
+        self.unwrapped.load_state_dict(load_tensors(checkpoint / "model.safetensors"))
+        load_optimizer(checkpoint, self.optimizer.optimizer, self.parameter_names)
+        self.progress = Progress(**state["progress"])
+        self.meter.load_state(state["meter"])
+        if self.accelerator.scaler is not None and state["scaler"] is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        random_path = checkpoint / f"random_state_{self.accelerator.process_index}.safetensors"
+        if random_path.exists():  # a run on more processes than before has new ones
+            set_random_state(load_tensors(random_path))
+        logger.info("resumed from %s: %s", checkpoint, self.progress)
+
+
+def refuse_other_settings(saved: dict[str, Any], current: dict[str, Any]) -> None:
+    """A resumed run must have the settings that its result follows from.
+
+    Raises:
+        ValueError: names each key that differs, with both values.
+    """
+    missing = object()
+    keys = [k for k in {**saved, **current} if saved.get(k, missing) != current.get(k, missing)]
+    if keys:
+        differences = "; ".join(f"{k}: {saved.get(k, 'unset')} then, {current.get(k, 'unset')} now" for k in keys)
+        raise ValueError(
+            f"the checkpoint's run had other settings ({differences}). Resume with the same, or start a run of its "
+            "own from these weights with --model_name_or_path"
+        )
