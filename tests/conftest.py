@@ -6,9 +6,18 @@ from pathlib import Path
 import pytest
 import torch
 
+import mimae
+
 sys.path.append(str(Path(__file__).parent))  # for `import references`, under --import-mode=importlib
 
 torch.set_num_threads(1)
+
+
+def pytest_sessionstart():
+    """An editable install of another checkout would be tested instead of this one, and nobody would notice."""
+    tested, checkout = Path(mimae.__file__).resolve().parent, Path(__file__).resolve().parents[1]
+    if tested != checkout:
+        pytest.exit(f"`import mimae` finds {tested}, not this checkout, {checkout}; see `make install`", returncode=4)
 
 
 @pytest.fixture(autouse=True)
