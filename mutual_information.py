@@ -10,6 +10,7 @@ The weights are applied once, in the model. Everything here is computed in float
 Shapes: B images of this process, N masks, V visible patches, D features of the latent; W processes.
 """
 
+import contextlib
 import math
 from dataclasses import dataclass
 
@@ -46,7 +47,7 @@ def info_nce_loss(
     anchors = F.normalize(latent_vector.float(), dim=-1)  # (B, N, D)
     others = anchors if gathered is None else F.normalize(gathered.float(), dim=-1)  # (W·B, N, D)
 
-    with torch.autocast(device_type=latent_vector.device.type, enabled=False):  # which would multiply in bfloat16
+    with _without_autocast(latent_vector.device):
         similarity = anchors.flatten(0, 1) @ others.flatten(0, 1).T / temperature  # (B·N, W·B·N)
     anchor_ids = torch.arange(num_images * num_views, device=similarity.device)  # (B·N,)
     self_ids = rank * num_images * num_views + anchor_ids
@@ -101,6 +102,13 @@ def club_upper_bound(
     return _reduce_features(bound, reduction).mean()
 
 
+def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
+    """Autocast would multiply matrices in bfloat16; the meta device knows no autocast."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
+
+
 def _align(latent: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
     """(B, N, D) as it is, or (B, N, 1, D) against one Gaussian per token."""
     return latent if mean.ndim == latent.ndim else latent.unsqueeze(-2)
@@ -146,7 +154,7 @@ class GaussianApproximator(nn.Module):
 
     def forward(self, visible: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(…, in_features) → mean (…, D) and variance (…, D), float32 also under autocast."""
-        with torch.autocast(device_type=visible.device.type, enabled=False):
+        with _without_autocast(visible.device):
             visible = visible.to(self.mean[0].weight.dtype)
             return self.mean(visible).float(), self.variance(visible).float() + self.variance_eps
 
