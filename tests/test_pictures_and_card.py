@@ -113,7 +113,8 @@ def test_curves_are_drawn_from_what_is_there(tmp_path):
             {"step": 10, "reconstruction_loss": 0.9, "mi_active": 0.0, "learning_rate": 1e-4},
             '{"step": 20, "reconstr\n',
             {"step": 20, "reconstruction_loss": float("nan"), "mi_active": 1.0},
-            {"step": 30, "reconstruction_loss": 0.4, "mi_active": True, "note": "text"},
+            {"step": 30, "reconstruction_loss": None, "mi_active": True, "note": "text"},
+            {"step": 40, "reconstruction_loss": 0.4, "mi_active": True},
         ],
     )
     assert save_curves(metrics, picture, gate_threshold=0.5) == picture
