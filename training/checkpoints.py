@@ -208,7 +208,8 @@ def _discard(folder: Path) -> None:
     hidden = folder.with_name(f".{folder.name}.discarded")
     shutil.rmtree(hidden, ignore_errors=True)
     folder.rename(hidden)
-    shutil.rmtree(hidden)
+    # No reason to end a run: what will not go now is hidden, and goes with `remove_partials`.
+    shutil.rmtree(hidden, ignore_errors=True)
 
 
 class OutputDirLock:
@@ -297,10 +298,9 @@ def load_optimizer(folder: str | os.PathLike, optimizer: torch.optim.Optimizer, 
         parameter_name, _, key = name.rpartition(".")
         state.setdefault(index_of[parameter_name], {})[key] = tensor
     for group in groups:
+        # JSON has no tuples; `betas` was one.
+        group.update({key: tuple(value) for key, value in group.items() if isinstance(value, list)})
         group["params"] = [index_of[name] for name in group["params"]]
-        group.update(
-            {key: tuple(value) for key, value in group.items() if isinstance(value, list) and key != "params"}
-        )
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 

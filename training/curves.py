@@ -80,8 +80,7 @@ def _read_series(path: Path) -> Series:
             logger.warning("%s, line %d is no metrics (a killed run can leave half a line): left out", path, number)
             continue
         for name, value in metrics.items():
-            if isinstance(value, int | float):
-                series.setdefault(name, {})[step] = value
+            series.setdefault(name, {})[step] = value
     return series
 
 

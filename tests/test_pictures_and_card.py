@@ -1,0 +1,274 @@
+"""Pictures show what was computed, and the card says what was measured and nothing else."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from huggingface_hub import ModelCard
+from PIL import Image
+
+from mimae.hub.model_card import write_model_card
+from mimae.training.curves import save_curves
+from mimae.training.pictures import patchify, reconstruction_images, save_reconstructions, unpatchify
+
+PATCH_SIZE, NUM_MASKS, NUM_PATCHES = 4, 3, 3 * 5
+MEAN, STD = {1: [0.3], 2: [0.4, 0.5], 3: [0.485, 0.456, 0.406]}, {1: [0.25], 2: [0.2, 0.3], 3: [0.229, 0.224, 0.225]}
+
+
+def make_views(channels, norm_pix_loss):
+    """Images of 12 × 20 pixels, masks, and the predictions of a model that is always right."""
+    generator = torch.Generator().manual_seed(0)
+    mean, std = (torch.tensor(values[channels])[:, None, None] for values in (MEAN, STD))
+    pixel_values = (torch.rand(2, channels, 12, 20, generator=generator) - mean) / std
+    mask = (torch.rand(2, NUM_MASKS, NUM_PATCHES, generator=generator) < 0.75).long()
+    target = patchify(pixel_values, PATCH_SIZE)
+    if norm_pix_loss:  # as ViTMAE's loss has it
+        target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1.0e-6) ** 0.5
+    return pixel_values, target[:, None].expand(-1, NUM_MASKS, -1, -1), mask
+
+
+def masked_pixels(mask):
+    """(B, N, L) to (B, N, 1, 12, 20), by plain repetition of the 3 × 5 grid."""
+    grid = mask.bool().unflatten(-1, (3, 5))
+    return grid.repeat_interleave(PATCH_SIZE, -2).repeat_interleave(PATCH_SIZE, -1)[:, :, None]
+
+
+def test_patches_are_row_by_row_with_channels_last():
+    image = torch.arange(2 * 4 * 6).reshape(1, 2, 4, 6)
+    patches = patchify(image, 2)
+    assert patches.shape == (1, 6, 8)
+    # The second patch of the first row: its pixels (0, 2), (0, 3), (1, 2), (1, 3), each with both channels.
+    assert patches[0, 1].tolist() == [2, 26, 3, 27, 8, 32, 9, 33]
+    assert torch.equal(unpatchify(patches, 2, 4, 6), image)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3])
+@pytest.mark.parametrize("norm_pix_loss", [False, True])
+def test_a_right_prediction_gives_back_the_image(channels, norm_pix_loss):
+    pixel_values, logits, mask = make_views(channels, norm_pix_loss)
+    images = reconstruction_images(pixel_values, logits, mask, patch_size=PATCH_SIZE, norm_pix_loss=norm_pix_loss)
+    assert images.shape == (2, 1 + 2 * NUM_MASKS, channels, 12, 20)
+    assert torch.equal(images[:, 0], pixel_values)
+    expected = pixel_values[:, None].expand(-1, NUM_MASKS, -1, -1, -1)
+    torch.testing.assert_close(images[:, 1 + NUM_MASKS :], expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("norm_pix_loss", [False, True])
+def test_visible_patches_are_the_originals_and_masked_ones_are_not_peeked_at(norm_pix_loss):
+    pixel_values, logits, mask = make_views(3, norm_pix_loss)
+    grey = torch.tensor([7.0, 8.0, 9.0])
+    images = reconstruction_images(
+        pixel_values, logits + 1, mask, patch_size=PATCH_SIZE, norm_pix_loss=norm_pix_loss, mask_color=grey
+    )
+    views, completed = images[:, 1 : 1 + NUM_MASKS], images[:, 1 + NUM_MASKS :]
+    original = pixel_values[:, None].expand_as(views)
+    masked = masked_pixels(mask).expand_as(views)
+    assert torch.equal(views[~masked], original[~masked])
+    assert torch.equal(completed[~masked], original[~masked])
+    assert torch.equal(views[masked], grey[:, None, None].expand_as(views)[masked])
+    assert (completed[masked] > original[masked]).all()
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3])
+def test_the_png_holds_the_pixels_of_every_image(tmp_path, channels):
+    pixel_values, logits, mask = make_views(channels, True)
+    save_reconstructions(
+        tmp_path / "reconstructions.png",
+        pixel_values,
+        logits.requires_grad_(),
+        mask,
+        patch_size=PATCH_SIZE,
+        norm_pix_loss=True,
+        mean=MEAN[channels],
+        std=STD[channels],
+        max_images=1,
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["reconstructions.png"]
+    picture = np.asarray(Image.open(tmp_path / "reconstructions.png").convert("RGB")).astype(int)
+    scale, left, top = 6, 4, 56  # 12 × 20 pixels drawn 6-fold, below the titles
+    mean, std = (torch.tensor(values[channels])[:, None, None] for values in (MEAN, STD))
+    original = pixel_values[0] * std + mean
+    if channels != 3:
+        original = original.mean(0, keepdim=True).expand(3, -1, -1)
+    drawn = picture[top : top + 12 * scale, left : left + 20 * scale]
+    expected = (255 * original.movedim(0, -1).numpy()).repeat(scale, 0).repeat(scale, 1)
+    assert np.abs(drawn - expected).max() <= 1
+    assert (picture[top:, :left] == 255).all()
+    # Half grey, in every view and nowhere else to this extent.
+    grey = (np.abs(picture - 127.5) < 1).all(-1).sum()
+    assert grey >= mask[0].sum() * (PATCH_SIZE * scale) ** 2
+
+
+def write_metrics(path, lines):
+    path.write_text("".join(line if isinstance(line, str) else json.dumps(line) + "\n" for line in lines))
+
+
+def test_curves_are_drawn_from_what_is_there(tmp_path):
+    metrics, picture = tmp_path / "metrics.jsonl", tmp_path / "curves.png"
+    write_metrics(
+        metrics,
+        [
+            {"step": 10, "reconstruction_loss": 0.9, "mi_active": 0.0, "learning_rate": 1e-4},
+            '{"step": 20, "reconstr\n',
+            {"step": 20, "reconstruction_loss": float("nan"), "mi_active": 1.0},
+            {"step": 30, "reconstruction_loss": None, "mi_active": True, "note": "text"},
+            {"step": 40, "reconstruction_loss": 0.4, "mi_active": True},
+        ],
+    )
+    assert save_curves(metrics, picture, gate_threshold=0.5) == picture
+    two_panels = Image.open(picture).size
+    write_metrics(metrics, [{"step": 10, "reconstruction_loss": 0.9}])
+    save_curves(metrics, picture)
+    one_panel = Image.open(picture).size
+    assert two_panels[0] == 2 * one_panel[0]
+    assert {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl", "curves.png"}
+
+
+def test_nothing_to_draw_draws_nothing(tmp_path, caplog):
+    write_metrics(tmp_path / "metrics.jsonl", [{"step": 1, "images_per_second": 5.0}])
+    assert save_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png") is None
+    assert "no metric to draw" in caplog.text
+    assert not (tmp_path / "curves.png").exists()
+
+
+# --- the card -------------------------------------------------------------------------------------------------------
+
+SUMMARY = {
+    "model_type": "mimae",
+    "dataset": "someone/digits",
+    "num_images": 1797,
+    "steps": 400,
+    "epochs": 20.0,
+    "world_size": 2,
+    "device": "CPU / 2 cores",
+    "seconds": 181234.5,
+    "final": {"loss": 1.25, "reconstruction_loss": 0.4125, "mi_max_loss": 0.9},
+    "gate_opened_at_step": 130,
+    "gate_threshold": 0.5,
+    "probe_before": {"knn_accuracy": 0.81},
+    "probe_after": {"knn_accuracy": 0.9312, "linear_accuracy": 0.955},
+    "versions": {"torch": "2.11.0", "transformers": "5.17.0"},
+    "seed": 17,
+}
+RECIPE = {"dataset_name": "someone/digits", "base_learning_rate": 2.0e-4, "mask_ratio": 0.75, "train_dir": None}
+
+
+def write_card(folder, summary=SUMMARY, recipe=RECIPE, pictures=()):
+    return write_model_card(folder, summary=summary, recipe=recipe, pictures=list(pictures)).read_text()
+
+
+def recipe_in(card):
+    return yaml.safe_load(card.split("```yaml\n")[1].split("```")[0])
+
+
+def test_the_front_matter_is_what_the_hub_reads(tmp_path):
+    write_card(tmp_path)
+    data = ModelCard.load(tmp_path / "README.md").data
+    assert (data.license, data.library_name, data.pipeline_tag) == (
+        "apache-2.0",
+        "transformers",
+        "image-feature-extraction",
+    )
+    assert data.tags == ["mimae", "masked-image-modeling", "self-supervised"]
+    assert data.datasets == ["someone/digits"]
+    assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
+
+
+@pytest.mark.parametrize("name", [None, "digits", "{folder}", "here/images"])
+def test_only_a_name_on_the_hub_is_called_a_hub_data_set(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here" / "images").mkdir(parents=True)
+    write_card(tmp_path, recipe={"dataset_name": name and name.format(folder=tmp_path)})
+    assert ModelCard.load(tmp_path / "README.md").data.datasets is None
+
+
+def test_the_card_gives_the_figures_of_the_run(tmp_path):
+    card = write_card(tmp_path, pictures=["curves.png", str(tmp_path / "pictures" / "step_400.png")])
+    for line in (
+        "- Images: 1797",
+        "- Seconds: 181234",
+        "- Device: CPU / 2 cores",
+        "- Versions: torch 2.11.0, transformers 5.17.0",
+        "| L_rec (Eq. 1) | 0.4125 |",
+        "| L_approx (Eq. 9) | not measured |",
+        "| k nearest neighbours | 81.0 % | 93.1 % |",
+        "| logistic regression | not measured | 95.5 % |",
+        "![curves](curves.png)",
+        "![step 400](pictures/step_400.png)",
+    ):
+        assert line in card.splitlines()
+    assert "opened at step 130" in card
+    assert recipe_in(card) == RECIPE
+
+
+def test_what_was_not_measured_is_said_and_no_figure_appears(tmp_path):
+    card = write_card(tmp_path, summary={"final": None, "seed": 17}, recipe={})
+    assert "about labels was not measured" in card
+    assert "Whether the information terms ever trained was not recorded" in card
+    assert "did not record: model, data, images, epochs, steps, processes, device, seconds, versions." in card
+    results = card.split("## Results")[1].split("## Not measured")[0]
+    assert [line.split(" | ")[1] for line in results.splitlines() if line.endswith(" |")][1:] == ["not measured |"] * 6
+    assert "%" not in results
+    assert "![" not in card
+
+
+@pytest.mark.parametrize(
+    ("summary", "recipe", "sentence"),
+    [
+        (
+            {"gate_opened_at_step": None, "gate_threshold": 0.5},
+            {},
+            "**The gate never opened:** L_rec did not fall below 0.5",
+        ),
+        ({"gate_opened_at_step": None, "gate_threshold": None}, {}, "trained from the first step"),
+        ({"gate_opened_at_step": 0, "gate_threshold": 0.5}, {}, "opened at step 0,"),
+        (
+            {"gate_opened_at_step": None, "gate_threshold": 0.5},
+            {"mi_max_weight": 0.0, "mi_min_weight": 0},
+            "have weight 0",
+        ),
+    ],
+)
+def test_the_card_says_in_words_what_became_of_the_gate(tmp_path, summary, recipe, sentence):
+    card = write_card(tmp_path, summary=summary, recipe=recipe)
+    assert sentence in card
+    assert ("never opened" in card) == ("never opened" in sentence)
+
+
+def test_no_path_token_or_host_of_the_machine_reaches_the_card(tmp_path):
+    secrets = {
+        "output_dir": "runs/private-run",
+        "cache_dir": "private-cache",
+        "resume_from_checkpoint": "private-latest",
+        "hub_token": "private-token",
+        "train_dir": "/home/private/images",
+        "validation_dir": tmp_path / "private",
+        "config": "~/private/recipe.yaml",
+        "labels": "C:\\private\\labels.txt",
+        "data_files": ["/mnt/private/a.parquet", "hf://datasets/a/b/train.parquet", "../private/c.parquet"],
+        "url": "https://private:private@private.lan/private/shard-01.tar?signature=private",
+        "loader": {"root": "file:///private", "extra": "hf_" + "private" * 5, "flags": "--root=/private"},
+    }
+    card = write_card(tmp_path, {**SUMMARY, "dataset": "/home/private/images"}, RECIPE | secrets)
+    assert "private" not in card
+    assert str(tmp_path) not in card
+    assert "- Data: on the machine of the run, not named here" in card.splitlines()
+    kept = {"data_files": ["hf://datasets/a/b/train.parquet"], "url": "https://…/shard-01.tar", "loader": {}}
+    expected = RECIPE | kept
+    del expected["train_dir"]
+    assert recipe_in(card) == expected
+
+
+def test_a_picture_from_elsewhere_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"curves\.png lies outside"):
+        write_card(tmp_path / "model", pictures=["../curves.png"])
+
+
+def test_the_snippet_uses_the_repository_it_is_pushed_to(tmp_path):
+    card = write_card(tmp_path, recipe=RECIPE | {"hub_model_id": "someone/mimae-digits"})
+    assert "\n# mimae-digits\n" in card
+    snippet = card.split("```python\n")[1].split("```")[0]
+    compile(snippet, "card", "exec")
+    assert 'checkpoint = "someone/mimae-digits"' in snippet
