@@ -97,12 +97,12 @@ class MetricLog:
     """
 
     def __init__(self, path: Path, accelerator: Accelerator, *, step: int, total_steps: int):
-        self._path, self._accelerator = path, accelerator
+        self._path, self._accelerator, self._total_steps = path, accelerator, total_steps
         if accelerator.is_main_process:
             self._drop_after(step)
-        self._bar = tqdm(
-            total=total_steps, initial=step, unit="step", disable=not accelerator.is_main_process, smoothing=0.05
-        )
+        # None: no bar where nobody watches, as in a cluster's log file; lines are logged there instead
+        disable = None if accelerator.is_main_process else True
+        self._bar = tqdm(total=total_steps, initial=step, unit="step", disable=disable, smoothing=0.05)
 
     def _drop_after(self, step: int) -> None:
         if not self._path.exists():
@@ -131,8 +131,8 @@ class MetricLog:
         """One more step is done."""
         self._bar.update()
 
-    def show(self, metrics: dict[str, float | None]) -> None:
-        """The loss terms, the speed and the gate beside the bar."""
+    def show(self, step: int, metrics: dict[str, float | None]) -> None:
+        """The loss terms, the speed and the gate, beside the bar or, where there is none, as a line of the log."""
         short = {
             "rec": metrics["reconstruction_loss"],
             "max": metrics["mi_max_loss"],
@@ -142,7 +142,11 @@ class MetricLog:
         shown = {name: "skipped" if value is None else f"{value:.3f}" for name, value in short.items()}
         shown["gate"] = "open" if metrics["mi_active"] else "closed"
         shown["views/s"] = f"{metrics['views_per_second']:.0f}"
-        self._bar.set_postfix(shown)
+        if self._bar.disable:
+            words = "  ".join(f"{name} {value}" for name, value in shown.items())
+            logger.info("step %d/%d  %s", step, self._total_steps, words)
+        else:
+            self._bar.set_postfix(shown)
 
     def close(self) -> None:
         """Ends the bar."""

@@ -220,7 +220,7 @@ class Pretrainer:
         }
         self._stop_if_hopeless()
         self.metrics.write(self.progress.step, {**metrics, "bad_images": self.bad_images.count})
-        self.metrics.show(metrics)
+        self.metrics.show(self.progress.step, metrics)
 
     def _stop_if_hopeless(self) -> None:
         """Bad images and skipped steps are looked at when logging, where the device is waited for anyway."""

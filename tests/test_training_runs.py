@@ -1,0 +1,249 @@
+"""Whole runs: what they learn, what they leave, how they end, and that a resumed run is the run never stopped."""
+
+import json
+import os
+import signal
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from runs import flags, launch, metrics, pretrain, series, signal_when, weights, write_shards
+
+from mimae import MIMAEForPreTraining
+from mimae.training.bad_images import TooManyBadImagesError
+from mimae.training.checkpoints import CheckpointError, verify
+from mimae.training.run_folder import OutputDirNotEmptyError
+from mimae.training.trainer import NonFiniteError
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    return write_shards(tmp_path_factory.mktemp("shards"))
+
+
+@pytest.fixture(scope="module")
+def short_run(tmp_path_factory):
+    """One finished run, for tests that only look."""
+    folder = tmp_path_factory.mktemp("short") / "run"
+    assert pretrain(folder) == 0
+    return folder
+
+
+def assert_same_run(one, other):
+    for name, tensor in weights(one).items():
+        assert torch.equal(tensor, weights(other)[name]), name
+    for name in ("loss", "reconstruction_loss", "mi_max_loss", "grad_norm"):
+        assert series(one, name) == series(other, name)
+
+
+def test_a_run_leaves_model_card_curves_pictures_and_metrics(short_run):
+    for name in ("config.json", "model.safetensors", "preprocessor_config.json", "README.md", "metrics.jsonl"):
+        assert (short_run / name).stat().st_size > 0
+    for name in ("curves.png", "reconstructions.png", "reconstructions/step-0000000.png"):
+        assert Image.open(short_run / name).size > (100, 100)
+    assert MIMAEForPreTraining.from_pretrained(short_run).config.num_masks == 4
+    assert str(short_run) not in (short_run / "README.md").read_text()
+
+
+def test_every_loss_term_speed_and_gate_are_logged_at_each_step(short_run):
+    lines = [line for line in metrics(short_run) if "loss" in line]
+    assert [line["step"] for line in lines] == list(range(1, 14))
+    expected = {"loss", "objective", "reconstruction_loss", "mi_max_loss", "mi_min_loss", "approximation_loss"}
+    expected |= {"mi_active", "learning_rate", "views_per_second", "grad_norm", "skipped_steps", "min_variance"}
+    assert all(expected <= line.keys() for line in lines)
+    probes = [line for line in metrics(short_run) if "knn_accuracy" in line]
+    assert [line["step"] for line in probes] == [0, 13]
+
+
+def test_a_digits_run_lowers_reconstruction_and_opens_the_gate_at_the_default_threshold(tmp_path, capsys):
+    size = {"image_size": 32, "hidden_size": 64, "num_hidden_layers": 2, "decoder_hidden_size": 32}
+    assert pretrain(tmp_path / "run", **size, warmup_epochs=1, max_train_steps=120, base_learning_rate=2e-3) == 0
+    losses = series(tmp_path / "run", "reconstruction_loss")
+    active = series(tmp_path / "run", "mi_active")
+    assert losses[1] > 1.5
+    assert losses[120] < 0.5
+    opened = min(step for step, value in active.items() if value)
+    assert losses[opened] < 0.5 <= min(losses[step] for step in range(1, opened))
+    assert all(active[step] == 1 for step in range(opened, 121))
+    assert f"opened at step {opened}" in capsys.readouterr().out
+
+
+def test_a_gate_that_never_opened_is_said_in_plain_words(tmp_path, capsys):
+    assert pretrain(tmp_path / "run", max_train_steps=2) == 0
+    assert "NEVER OPENED" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("streaming", [False, True], ids=["map-style", "streaming"])
+def test_a_run_stopped_by_sigterm_mid_epoch_and_resumed_equals_one_never_stopped(
+    tmp_path, shards, streaming, num_workers
+):
+    data = {"data_files": shards, "streaming": streaming, "cache_dir": tmp_path / "cache", "shuffle_window": 300}
+    data |= {"dataloader_num_workers": num_workers, "mi_gate_threshold": 1.9, "checkpointing_steps": 4}
+    data |= {"max_train_steps": 16, "per_device_train_batch_size": 200}
+    assert pretrain(tmp_path / "whole", **data) == 0
+
+    signal_when(tmp_path / "parts" / "checkpoint-4")
+    assert pretrain(tmp_path / "parts", **data) == 128 + signal.SIGTERM
+    stopped_at = max(int(path.name.split("-")[1]) for path in (tmp_path / "parts").glob("checkpoint-*"))
+    assert 4 <= stopped_at < 16
+    assert stopped_at % 8 != 0  # 8 steps an epoch: it stopped within one
+    assert pretrain(tmp_path / "parts", "--resume_from_checkpoint", "latest", **data) == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_killed_run_resumes_from_its_newest_valid_checkpoint_and_equals_one_never_killed(tmp_path):
+    settings = {"checkpointing_steps": 3, "max_train_steps": 400}
+    process = launch(flags(tmp_path / "parts", **settings))
+    while not (tmp_path / "parts" / "checkpoint-6").exists():
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    newest = max((tmp_path / "parts").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    last_step = int(newest.name.split("-")[1])
+    assert last_step < 400
+
+    damaged = newest / "model.safetensors"
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 1
+    damaged.write_bytes(content)
+
+    # a shorter schedule would be another run: the whole one is repeated as far as it is compared
+    resumed = launch([*flags(tmp_path / "parts", **settings), "--resume_from_checkpoint", "latest"])
+    whole = launch(flags(tmp_path / "whole", **settings))
+    output, _ = resumed.communicate(timeout=300)
+    assert resumed.returncode == 0, output
+    assert f"checkpoint-{last_step}" in output  # named as damaged
+    assert "SHA-256" in output or "sha256" in output.lower()
+    assert whole.communicate(timeout=300)
+    assert whole.returncode == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_sigusr1_in_a_process_of_its_own_saves_and_exits_with_the_documented_code(tmp_path):
+    process = launch(flags(tmp_path / "run", max_train_steps=100_000, checkpointing_steps=100_000))
+    while not (tmp_path / "run" / "metrics.jsonl").exists() or len(metrics(tmp_path / "run")) < 3:
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGUSR1)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGUSR1, output
+    (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
+    assert verify(checkpoint) == []
+    steps = [line["step"] for line in metrics(tmp_path / "run")]
+    assert int(checkpoint.name.split("-")[1]) >= max(steps)  # no step is lost
+
+
+def test_gradient_accumulation_sees_the_images_of_the_larger_batch_and_says_negatives_stay_within(tmp_path):
+    no_terms = {"mi_max_weight": 0, "mi_min_weight": 0, "max_train_steps": 6}
+    pretrain(tmp_path / "whole", per_device_train_batch_size=240, **no_terms)
+    pretrain(tmp_path / "parts", per_device_train_batch_size=80, gradient_accumulation_steps=3, **no_terms)
+    for name, tensor in weights(tmp_path / "whole").items():
+        torch.testing.assert_close(tensor, weights(tmp_path / "parts")[name], rtol=1e-4, atol=1e-5)
+
+
+def test_an_output_folder_that_holds_a_run_is_refused_and_overwritten_only_on_request(tmp_path):
+    assert pretrain(tmp_path / "run", max_train_steps=2) == 0
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    with pytest.raises(OutputDirNotEmptyError, match=r"--resume_from_checkpoint latest.*--overwrite_output_dir"):
+        pretrain(tmp_path / "run", max_train_steps=2)
+    assert pretrain(tmp_path / "run", "--overwrite_output_dir", max_train_steps=3) == 0
+    assert not (tmp_path / "run" / "checkpoint-2").exists()
+    assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
+
+
+def test_a_folder_that_a_live_run_holds_is_refused(tmp_path):
+    process = launch(flags(tmp_path / "run", max_train_steps=100_000))
+    try:
+        while not (tmp_path / "run" / "metrics.jsonl").exists():
+            assert process.poll() is None, process.stdout.read()
+            time.sleep(0.05)
+        second = launch([*flags(tmp_path / "run"), "--overwrite_output_dir"])
+        output, _ = second.communicate(timeout=120)
+        assert second.returncode != 0
+        assert f"pid {process.pid}" in output
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_resume_with_other_settings_names_the_keys(tmp_path):
+    assert pretrain(tmp_path / "run", max_train_steps=4, checkpointing_steps=2) == 0
+    with pytest.raises(ValueError, match=r"temperature: 0.07 then, 0.1 now"):
+        pretrain(tmp_path / "run", "--resume_from_checkpoint", "latest", max_train_steps=4, temperature=0.1)
+    with pytest.raises(ValueError, match=r"hidden_size: 32 then, 64 now"):
+        pretrain(tmp_path / "run", "--resume_from_checkpoint", "latest", max_train_steps=4, hidden_size=64)
+    with pytest.raises(CheckpointError):
+        pretrain(tmp_path / "run", "--resume_from_checkpoint", str(tmp_path / "nowhere"), max_train_steps=4)
+
+
+def test_a_step_without_finite_gradient_is_skipped_and_ten_in_a_row_end_the_run_with_finite_weights(tmp_path):
+    # a learning rate that throws the weights out of float32's range at the second step
+    settings = {"base_learning_rate": 1e38, "warmup_epochs": 0.0, "max_train_steps": 40, "weight_decay": 0.0}
+    with pytest.raises(NonFiniteError, match="10"):
+        pretrain(tmp_path / "run", **settings)
+    (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
+    assert verify(checkpoint) == []
+    skipped = series(tmp_path / "run", "skipped_steps")
+    assert json.loads((checkpoint / "trainer_state.json").read_text())["meter"]["skipped"] == 10
+    assert max(skipped.values()) <= 10
+
+
+def write_folder(folder, num_images, bad=()):
+    """A folder of PNGs, of which some are HTML, empty or cut."""
+    folder.mkdir()
+    random = np.random.default_rng(0)
+    for number in range(num_images):
+        path = folder / f"{number:04d}.png"
+        Image.fromarray(random.integers(0, 255, (20, 20, 3), dtype=np.uint8)).save(path)
+    for number, content in bad:
+        path = folder / f"{number:04d}.png"
+        path.write_bytes(path.read_bytes()[:content] if isinstance(content, int) else content)
+    return folder
+
+
+def test_bad_images_are_skipped_named_and_counted(tmp_path):
+    images = write_folder(tmp_path / "images", 300, bad=[(7, b"<html></html>"), (120, 40)])
+    settings = {"train_dir": images, "dataset_name": None, "cache_dir": tmp_path / "cache"}
+    settings |= {"per_device_train_batch_size": 100, "max_train_steps": 6}
+    del settings["dataset_name"]
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("mask_ratio: 0.75\n")
+    assert pretrain(tmp_path / "run", "--config", str(recipe), **settings) == 0
+    lines = [json.loads(line) for line in (tmp_path / "run" / "bad_images.jsonl").read_text().splitlines()]
+    assert sorted(os.path.basename(line["image"].rstrip(")")) for line in lines) == ["0007.png", "0120.png"]
+    assert metrics(tmp_path / "run")[-1].get("bad_images", 2) == 2
+
+    with pytest.raises(TooManyBadImagesError, match=r"2 of 300 images"):
+        pretrain(tmp_path / "strict", "--config", str(recipe), **settings, max_bad_image_fraction=0.005)
+    assert list((tmp_path / "strict").glob("checkpoint-*"))
+
+
+def test_two_processes_see_and_learn_what_one_does(tmp_path):
+    settings = {"max_train_steps": 8, "mi_gate_threshold": 10.0, "base_learning_rate": 1e-3, "warmup_epochs": 0.2}
+    pretrain(tmp_path / "one", **settings)
+    two = launch(
+        flags(tmp_path / "two", **settings | {"per_device_train_batch_size": 128}),
+        launcher=("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"),
+    )
+    output, _ = two.communicate(timeout=300)
+    assert two.returncode == 0, output
+    assert "world size 2" in output
+    for name in ("reconstruction_loss", "mi_max_loss", "mi_min_loss", "approximation_loss"):
+        one, both = series(tmp_path / "one", name), series(tmp_path / "two", name)
+        assert one.keys() == both.keys()
+        torch.testing.assert_close(list(one.values()), list(both.values()), rtol=2e-4, atol=2e-5)
+    for name, tensor in weights(tmp_path / "one").items():
+        torch.testing.assert_close(tensor, weights(tmp_path / "two")[name], rtol=1e-3, atol=2e-4)
+
+
+def test_a_warm_start_takes_weights_and_refuses_other_sizes(tmp_path, short_run):
+    assert pretrain(tmp_path / "warm", model_name_or_path=short_run, max_train_steps=1, warmup_epochs=1.0) == 0
+    # the first step's learning rate is 0: the weights are still those of the checkpoint
+    for name, tensor in weights(short_run).items():
+        assert torch.equal(tensor, weights(tmp_path / "warm")[name]), name
+    with pytest.raises(ValueError, match=r"hidden_size: 32 there, 64 in the recipe"):
+        pretrain(tmp_path / "other", model_name_or_path=short_run, hidden_size=64)
