@@ -16,10 +16,22 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.utils import get_session, hf_raise_for_status
 
 from mimae.data import sharded
+from mimae.data.hugging_face import explained_access
 from mimae.data.sources import open_image_source
-from mimae.tests.data_helpers import FEATURES, jpegs, serve, serve_folder, shards, write_parquet, write_tars
+from mimae.tests.data_helpers import (
+    FEATURES,
+    RangeHandler,
+    jpegs,
+    serve,
+    serve_folder,
+    shards,
+    write_parquet,
+    write_tars,
+)
 
 
 def rows(source):
@@ -240,6 +252,20 @@ def test_tar_over_http(tmp_path):
         assert rows(source) == expected_rows(20)
 
 
+class NamelessHandler(RangeHandler):
+    identifies_files = False
+
+
+def test_a_listing_is_not_kept_of_files_that_could_change_unseen(tmp_path):
+    with serve_folder(tmp_path / "data", NamelessHandler) as url:
+        for size in (9, 12):
+            write_parquet(tmp_path / "data", shards(size))
+            source = open_image_source(
+                data_files=f"{url}/shard-0.parquet", streaming=True, cache_dir=str(tmp_path / "cache")
+            )
+            assert len(source) == size
+
+
 # Columns
 
 
@@ -352,6 +378,38 @@ class RefusingHub(http.server.BaseHTTPRequestHandler):
 
     def log_message(self, *args):
         pass
+
+
+class StatusHandler(http.server.BaseHTTPRequestHandler):
+    """Answers /403 with 403."""
+
+    def do_GET(self):
+        self.send_response(int(self.path[1:]))
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *args):
+        pass
+
+
+def read_refused_shard(url):
+    with explained_access("some/set"):
+        try:
+            hf_raise_for_status(get_session().get(url))
+        except HfHubHTTPError as error:
+            raise OSError("cannot read shard 3") from error
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_a_refusal_is_explained_however_deep_it_lies(status):
+    """A gated data set can be listed by everyone; only the reading of its files is refused."""
+    with serve(StatusHandler) as url, pytest.raises(ValueError, match="/datasets/some/set .*`hf auth login`"):
+        read_refused_shard(f"{url}/{status}")
+
+
+def test_a_failing_hub_is_not_called_a_refusal():
+    with serve(StatusHandler) as url, pytest.raises(OSError, match="cannot read shard 3"):
+        read_refused_shard(f"{url}/500")
 
 
 ASK_HUB = """
