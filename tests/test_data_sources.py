@@ -403,7 +403,7 @@ def read_refused_shard(url):
 @pytest.mark.parametrize("status", [401, 403, 404])
 def test_a_refusal_is_explained_however_deep_it_lies(status):
     """A gated data set can be listed by everyone; only the reading of its files is refused."""
-    with serve(StatusHandler) as url, pytest.raises(ValueError, match="/datasets/some/set .*`hf auth login`"):
+    with serve(StatusHandler) as url, pytest.raises(ValueError, match=r"/datasets/some/set .*`hf auth login`"):
         read_refused_shard(f"{url}/{status}")
 
 
