@@ -19,7 +19,7 @@ import io
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torchvision.io import ImageReadMode, decode_jpeg, decode_png
 
 # What the web and data sets hold. Not all that Pillow knows: its EPS reader, for one, starts another program.
@@ -66,6 +66,8 @@ def decode_image(encoded, num_channels):
         return _decode_file(encoded, num_channels)
     except (BadImageError, MemoryError):
         raise
+    except UnidentifiedImageError as error:
+        raise BadImageError(f"not an image file: it begins with {encoded[:16]!r}") from error
     except Exception as error:  # on hostile bytes the decoders raise nearly anything
         raise BadImageError(f"{type(error).__name__}: {error}".splitlines()[0]) from error
 

@@ -7,7 +7,7 @@ from pathlib import PurePosixPath
 
 import numpy as np
 from datasets import ClassLabel, Image, Value, load_dataset_builder
-from datasets.exceptions import DatasetNotFoundError
+from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from datasets.utils.file_utils import xopen
 from huggingface_hub import constants
 from huggingface_hub.errors import HfHubHTTPError
@@ -74,9 +74,9 @@ def open_dataset(path, *, split, name, config_name, data_dir, data_files, stream
         if streaming:
             return _open_shards(builder, split, name=name, columns=columns, cache_dir=cache_dir)
         builder.download_and_prepare()
+        if builder.info.splits[split].num_examples == 0:
+            raise ValueError(f"split {split!r} of {name} is empty")
         dataset = builder.as_dataset(split)
-    if len(dataset) == 0:
-        raise ValueError(f"split {split!r} of {name} is empty")
     image, label = find_columns(dataset.features, *columns, name=name)
     return DatasetSource(
         dataset,
@@ -156,10 +156,14 @@ def find_tar_fields(fields, image_column, label_column, *, name):
 
 @contextmanager
 def explained_access(name):
-    """Turns what the libraries raise on 401, 403 and 404 into one message that says what to do."""
+    """Turns what the libraries raise on 401, 403 and 404, and on broken files, into a message that says what to do."""
     try:
         yield
     except Exception as error:
+        if isinstance(error, DatasetGenerationError) and not _is_refusal(error):
+            raise ValueError(
+                f"{name} cannot be converted; mend or remove the file at fault: {error.__cause__}"
+            ) from error
         if not _is_refusal(error):
             raise
         raise ValueError(

@@ -65,8 +65,8 @@ class BatchPlan:
 class BlockReader:
     """Reads every block once per epoch, keeping of it just the rows that this worker has yet to use.
 
-    The rows kept are those of one window, two at a boundary: over all workers of all processes about
-    2 x max(shuffle_window, largest block) encoded images, besides one block in each worker.
+    The rows kept are those of one window, of two at a boundary: over all workers of all processes at most
+    2 x max(shuffle_window, largest block) encoded images, and in each worker the one block that was read last.
     """
 
     def __init__(self, source, plan):

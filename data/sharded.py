@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from datasets import Features, config
 from datasets.utils.file_utils import xopen
 from datasets.utils.logging import get_logger
+from pyarrow import ArrowInvalid
 
 from .base import ImageSource
 
@@ -113,7 +114,7 @@ class ParquetSource(ShardedSource):
         return super().__getstate__() | {"_last": (None, None)}
 
     def open_file(self, path):
-        return pq.ParquetFile(super().open_file(path), pre_buffer=True)
+        return _open_parquet(super().open_file(path), path)
 
     def read_block(self, block, rows):
         columns = self.read_row_group(block)
@@ -165,7 +166,7 @@ class TarSource(ShardedSource):
 def parquet_features(path):
     """Returns the `datasets.Features` of a parquet file, from its schema."""
     with xopen(path, "rb") as file:
-        return Features.from_arrow_schema(pq.read_schema(file))
+        return Features.from_arrow_schema(_open_parquet(file, path).schema_arrow)
 
 
 def tar_fields(path):
@@ -221,10 +222,17 @@ def _integer(content, path, name):
 def _list_row_groups(path):
     """Returns rows and uncompressed bytes of a parquet file's row groups: two int64 arrays."""
     with xopen(path, "rb") as file:
-        footer = pq.ParquetFile(file).metadata
+        footer = _open_parquet(file, path).metadata
     groups = [footer.row_group(number) for number in range(footer.num_row_groups)]
     rows = np.array([group.num_rows for group in groups], dtype=np.int64)
     return rows, np.array([group.total_byte_size for group in groups], dtype=np.int64)
+
+
+def _open_parquet(file, path):
+    try:
+        return pq.ParquetFile(file, pre_buffer=True)
+    except ArrowInvalid as error:
+        raise ValueError(f"{path} is no parquet file or a damaged one, fetch it again: {error}") from error
 
 
 def _cached_listing(kind, files, identities, cache_dir, list_file):

@@ -52,7 +52,7 @@ def open_image_source(
     named = [f"--{key}" for key, value in places.items() if value]
     if len(named) > 1:
         raise ValueError(f"{' and '.join(named)} name different data: give one of them")
-    if dataset_name in (None, DIGITS) and len(named) <= (dataset_name == DIGITS):
+    if dataset_name == DIGITS or not named:
         return open_digits(split)
     if train_dir and not Path(train_dir).is_dir():
         raise ValueError(f"--train_dir {train_dir} is not a folder")

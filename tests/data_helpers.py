@@ -1,0 +1,148 @@
+"""Real photographs in every wrapping the data tests need, and a loopback server that answers range requests."""
+
+import http.server
+import io
+import tarfile
+import threading
+from contextlib import contextmanager
+from functools import lru_cache, partial
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets import ClassLabel, Features
+from datasets import Image as ImageFeature
+from PIL import Image
+from skimage import data as photographs
+
+from mimae.data.loaders import PretrainingLoader
+from mimae.data.transforms import pretraining_transform
+
+FEATURES = Features({"image": ImageFeature(), "label": ClassLabel(names=["cat", "coffee", "astronaut"])})
+
+
+@lru_cache
+def photograph(name="chelsea"):
+    return Image.fromarray(getattr(photographs, name)())
+
+
+def encode(image, file_format="JPEG", **options):
+    content = io.BytesIO()
+    image.save(content, file_format, **options)
+    return content.getvalue()
+
+
+@lru_cache
+def jpegs(count):
+    """`count` different crops of photographs, 40 to 70 pixels a side."""
+    generator = np.random.default_rng(0)
+    crops = []
+    for number in range(count):
+        image = photograph(("chelsea", "coffee", "astronaut")[number % 3])
+        width, height = generator.integers(40, 71, 2)
+        left, top = generator.integers(0, image.width - width), generator.integers(0, image.height - height)
+        crops.append(encode(image.crop((left, top, left + width, top + height)), quality=95))
+    return crops
+
+
+def write_parquet(folder, shards, row_group_size=8):
+    """Writes lists of encoded images as shard-N.parquet and returns the paths."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    paths = []
+    for number, images in enumerate(shards):
+        cells = {
+            "image": [{"bytes": image, "path": None} for image in images],
+            "label": [row % 3 for row in range(len(images))],
+        }
+        paths.append(str(Path(folder, f"shard-{number}.parquet")))
+        pq.write_table(pa.table(cells, schema=FEATURES.arrow_schema), paths[-1], row_group_size=row_group_size)
+    return paths
+
+
+def write_tars(folder, shards):
+    """Writes lists of encoded images as shard-N.tar, each with its label, and returns the paths."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    paths = []
+    for number, images in enumerate(shards):
+        paths.append(str(Path(folder, f"shard-{number}.tar")))
+        with tarfile.open(paths[-1], "w") as archive:
+            for row, image in enumerate(images):
+                for name, content in ((f"{row:05d}.jpg", image), (f"{row:05d}.cls", str(row % 3).encode())):
+                    member = tarfile.TarInfo(name)
+                    member.size = len(content)
+                    archive.addfile(member, io.BytesIO(content))
+    return paths
+
+
+def shards(*sizes):
+    images, start, cut = jpegs(sum(sizes)), 0, []
+    for size in sizes:
+        cut.append(images[start : start + size])
+        start += size
+    return cut
+
+
+def pretraining_loader(source, **options):
+    defaults = {
+        "transform": pretraining_transform(32),
+        "num_channels": 3,
+        "noise_shape": (16,),
+        "per_device_batch_size": 8,
+        "seed": 3,
+        "shuffle_window": 20,
+    }
+    return PretrainingLoader(source, **(defaults | options))
+
+
+def take(batches, count):
+    return [next(batches) for _ in range(count)]
+
+
+class RangeHandler(http.server.SimpleHTTPRequestHandler):
+    """Serves a folder; answers `Range: bytes=a-b`, as every real host of data sets does."""
+
+    identifies_files = True
+
+    def do_GET(self):
+        path = Path(self.translate_path(self.path))
+        if not path.is_file():
+            return self.send_error(404)
+        content, status = path.read_bytes(), 200
+        total = len(content)
+        headers = {"Accept-Ranges": "bytes"}
+        if self.identifies_files:
+            headers["ETag"] = f'"{path.stat().st_mtime_ns}"'
+        if "Range" in self.headers:
+            first, last = self.headers["Range"].removeprefix("bytes=").split("-")
+            first, last = (
+                (int(first), min(int(last or total - 1), total - 1)) if first else (total - int(last), total - 1)
+            )
+            content, status = content[first : last + 1], 206
+            headers["Content-Range"] = f"bytes {first}-{last}/{total}"
+        self.send_response(status)
+        for key, value in (headers | {"Content-Length": str(len(content))}).items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content)
+
+    do_HEAD = do_GET  # noqa: N815
+
+    def log_message(self, *args):
+        pass
+
+
+@contextmanager
+def serve(handler):
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def serve_folder(folder, handler=RangeHandler):
+    return serve(partial(handler, directory=str(folder)))
