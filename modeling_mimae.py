@@ -22,6 +22,7 @@ from transformers import initialization as init
 from transformers.conversion_mapping import WeightRenaming, register_checkpoint_conversion_mapping
 from transformers.modeling_outputs import ModelOutput
 from transformers.models.vit_mae.modeling_vit_mae import (
+    ViTMAEAttention,
     ViTMAEDecoder,
     ViTMAEEmbeddings,
     ViTMAELayer,
@@ -223,10 +224,20 @@ class MIMAEPreTrainedModel(ViTMAEPreTrainedModel):
     # V predicts a variance that is divided by; bfloat16 weights would not do
     _keep_in_fp32_modules_strict = ("approximator",)
 
+    def post_init(self):
+        # The official MAE draws q, k and v as one linear layer of 3D outputs. `_init_weights` reads it off the layers:
+        # transformers does not call it for modules that, like the attention, own no parameters themselves.
+        for module in self.modules():
+            if isinstance(module, ViTMAEAttention):
+                for projection in (module.q_proj, module.k_proj, module.v_proj):
+                    projection.initial_fan_out = 3 * projection.out_features
+        super().post_init()
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         if isinstance(module, nn.Linear):
-            init.xavier_uniform_(module.weight)
+            bound = (6 / (module.in_features + getattr(module, "initial_fan_out", module.out_features))) ** 0.5
+            init.uniform_(module.weight, -bound, bound)
             if module.bias is not None:
                 init.constant_(module.bias, getattr(module, "initial_bias", 0.0))
         elif isinstance(module, nn.LayerNorm):
