@@ -446,6 +446,14 @@ class MIMAEForPreTraining(MIMAEPreTrainedModel, ViTMAEForPreTraining):
             attentions=views.attentions,
         )
 
+    def patchify(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = True) -> torch.Tensor:
+        """(B, C, H, W) → (B, L, P), of any size that the patches divide; ViTMAE's by default refuses rectangles."""
+        return super().patchify(pixel_values, interpolate_pos_encoding)
+
+    def unpatchify(self, patches: torch.Tensor, original_image_size: tuple[int, int] | None = None) -> torch.Tensor:
+        """(B, L, P) → (B, C, H, W), of the configuration's size unless (height, width) is given."""
+        return super().unpatchify(patches, original_image_size or self.config.image_size_2d)
+
     def reconstruction_loss(
         self, pixel_values: torch.Tensor, logits: torch.Tensor, mask: torch.Tensor
     ) -> torch.Tensor:
@@ -457,8 +465,7 @@ class MIMAEForPreTraining(MIMAEPreTrainedModel, ViTMAEForPreTraining):
 
     def reconstruction_target(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Pixels by patch (B, L, P), float32, each patch normalised by its own statistics under `norm_pix_loss`."""
-        # interpolate_pos_encoding=True lets ViTMAE's patchify take images that are not square
-        target = self.patchify(pixel_values.float(), interpolate_pos_encoding=True)
+        target = self.patchify(pixel_values.float())
         if not self.config.norm_pix_loss:
             return target
         variance, mean = torch.var_mean(target, dim=-1, keepdim=True)
