@@ -412,7 +412,7 @@ class MIMAEForPreTraining(MIMAEPreTrainedModel, ViTMAEForPreTraining):
             ValueError: see `MIMAEEmbeddings.embed_patches` and `multi_mask_ids`.
         """
         config = self.config
-        views = self.vit.forward_masked(pixel_values, noise, interpolate_pos_encoding, **kwargs)
+        views = self.vit.forward_masked(pixel_values, noise, interpolate_pos_encoding, return_dict=True, **kwargs)
         grid_size = tuple(side // config.patch_size for side in pixel_values.shape[-2:])
         logits = self.decoder(views.last_hidden_state, views.ids_restore, grid_size, config.grid_size)
 
