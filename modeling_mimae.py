@@ -164,6 +164,8 @@ class MIMAEEmbeddings(ViTMAEEmbeddings):
                 f"{self.config.image_size_2d[0]} x {self.config.image_size_2d[1]}; resize it, "
                 "or pass interpolate_pos_encoding=True"
             )
+        if height % self.patch_size or width % self.patch_size:  # the convolution would drop the rest of the image
+            raise ValueError(f"image of {height} x {width} pixels is not divisible by patch_size={self.patch_size}")
         patches = self.patch_embeddings(pixel_values)  # (B, L, D)
         return patches + self.positions_for((height, width))[:, 1:]
 
