@@ -343,13 +343,19 @@ class MIMAEModel(MIMAEPreTrainedModel, ViTMAEModel):
         Args:
             pixel_values: (B, C, H, W), normalised.
             noise: (B, L), or (B, N, L) for independent masks: what the masks are cut from; None = drawn here.
+
+        Raises:
+            ValueError: see `MIMAEEmbeddings.embed_patches`; noise of another shape than `config.mask_strategy` needs.
         """
         config = self.config
         patches = self.embeddings.embed_patches(pixel_values, interpolate_pos_encoding)  # (B, L, D)
-        num_patches = patches.shape[1]
+        batch_size, num_patches, _ = patches.shape
+        views_of_noise = (config.num_views,) if config.mask_strategy == "independent" else ()
+        noise_shape = (batch_size, *views_of_noise, num_patches)
         if noise is None:
-            shape = (num_patches,) if config.mask_strategy == "orthogonal" else (config.num_views, num_patches)
-            noise = torch.rand(patches.shape[0], *shape, device=patches.device)
+            noise = torch.rand(noise_shape, device=patches.device)
+        elif noise.shape != noise_shape:
+            raise ValueError(f"noise {tuple(noise.shape)} must be {noise_shape} for {config.mask_strategy} masks")
         num_visible = num_visible_patches(num_patches, config.mask_ratio, config.num_masks)
         ids_shuffle = multi_mask_ids(noise, config.num_views, num_visible)  # (B, N, L)
         mask, ids_restore = masks_from_ids(ids_shuffle, num_visible)
