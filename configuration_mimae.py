@@ -100,6 +100,14 @@ class MIMAEConfig(ViTMAEConfig):
         }
         return cls(**{**sizes, **overrides})
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "MIMAEConfig":
+        """As in transformers; of a ViTMAE checkpoint's configuration everything is taken but its `model_type`.
+
+        transformers would keep it on the instance, and rename the checkpoint's weights by another model's rules.
+        """
+        return super().from_dict({**config_dict, "model_type": cls.model_type}, **kwargs)
+
     @property
     def grid_size(self) -> tuple[int, int]:
         """Patches per column and per row, (h, w)."""
