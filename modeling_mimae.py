@@ -281,10 +281,13 @@ class MIMAEPreTrainedModel(ViTMAEPreTrainedModel):
         return loaded
 
     def save_pretrained(self, *args, save_original_format: bool = False, **kwargs):
-        """As in transformers, but files hold the names of `state_dict()`.
+        """As in transformers, but files hold the names of `state_dict()`, and `AutoModel` finds the encoder in them.
 
         The way back to transformers 4's names is not one-to-one: it would write `decoder.decoder_encoder.layer.*`.
+        transformers notes the saved class alone in `auto_map`.
         """
+        encoder = f"{MIMAEModel.__module__.rsplit('.', 1)[-1]}.{MIMAEModel.__name__}"
+        self.config.auto_map = {**(getattr(self.config, "auto_map", None) or {}), "AutoModel": encoder}
         super().save_pretrained(*args, save_original_format=save_original_format, **kwargs)
 
 
