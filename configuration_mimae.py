@@ -1,5 +1,6 @@
 """Configuration of MI-MAE. Symbols are the paper's (MI-MAE, ICLR 2025); defaults are its ImageNet recipe."""
 
+import math
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
@@ -99,6 +100,14 @@ class MIMAEConfig(ViTMAEConfig):
         }
         return cls(**{**sizes, **overrides})
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "MIMAEConfig":
+        """As in transformers; of a ViTMAE checkpoint's configuration everything is taken but its `model_type`.
+
+        transformers would keep it on the instance, and rename the checkpoint's weights by another model's rules.
+        """
+        return super().from_dict({**config_dict, "model_type": cls.model_type}, **kwargs)
+
     @property
     def grid_size(self) -> tuple[int, int]:
         """Patches per column and per row, (h, w)."""
@@ -155,6 +164,7 @@ class MIMAEConfig(ViTMAEConfig):
 
     def validate_masking(self):
         """Part of `@strict`'s validation: every mask leaves visible and masked patches."""
+        self.validate_sizes()  # validators run in alphabetical order, and a bad size is no matter of the mask ratio
         if not 0 < self.mask_ratio < 1:
             raise ValueError(
                 f"mask_ratio={self.mask_ratio} must lie strictly between 0 (nothing is masked) and 1 (all is)"
@@ -166,13 +176,13 @@ class MIMAEConfig(ViTMAEConfig):
     def validate_information_terms(self):
         """Part of `@strict`'s validation: the weights, and what they need."""
         for name in ("reconstruction_weight", "mi_max_weight", "mi_min_weight"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
-        if self.num_views == 1 and (self.mi_max_weight > 0 or self.mi_min_weight > 0):
+            if not 0 <= getattr(self, name) < math.inf:  # so written, it refuses NaN
+                raise ValueError(f"{name}={getattr(self, name)} must be finite and not be negative")
+        if self.num_masks == 1 and (self.mi_max_weight > 0 or self.mi_min_weight > 0):
             raise ValueError(
                 f"mi_max_weight={self.mi_max_weight} and mi_min_weight={self.mi_min_weight} compare several views of "
                 "an image, but num_masks=1 makes one; set both weights to 0 (plain MAE), or num_masks to 2 or more"
             )
         for name in ("temperature", "approximator_variance_eps"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be positive")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)} must be finite and positive")

@@ -22,6 +22,7 @@ from transformers import initialization as init
 from transformers.conversion_mapping import WeightRenaming, register_checkpoint_conversion_mapping
 from transformers.modeling_outputs import ModelOutput
 from transformers.models.vit_mae.modeling_vit_mae import (
+    ViTMAEAttention,
     ViTMAEDecoder,
     ViTMAEEmbeddings,
     ViTMAELayer,
@@ -163,6 +164,8 @@ class MIMAEEmbeddings(ViTMAEEmbeddings):
                 f"{self.config.image_size_2d[0]} x {self.config.image_size_2d[1]}; resize it, "
                 "or pass interpolate_pos_encoding=True"
             )
+        if height % self.patch_size or width % self.patch_size:  # the convolution would drop the rest of the image
+            raise ValueError(f"image of {height} x {width} pixels is not divisible by patch_size={self.patch_size}")
         patches = self.patch_embeddings(pixel_values)  # (B, L, D)
         return patches + self.positions_for((height, width))[:, 1:]
 
@@ -223,10 +226,20 @@ class MIMAEPreTrainedModel(ViTMAEPreTrainedModel):
     # V predicts a variance that is divided by; bfloat16 weights would not do
     _keep_in_fp32_modules_strict = ("approximator",)
 
+    def post_init(self):
+        # The official MAE draws q, k and v as one linear layer of 3D outputs. `_init_weights` reads it off the layers:
+        # transformers does not call it for modules that, like the attention, own no parameters themselves.
+        for module in self.modules():
+            if isinstance(module, ViTMAEAttention):
+                for projection in (module.q_proj, module.k_proj, module.v_proj):
+                    projection.initial_fan_out = 3 * projection.out_features
+        super().post_init()
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         if isinstance(module, nn.Linear):
-            init.xavier_uniform_(module.weight)
+            bound = (6 / (module.in_features + getattr(module, "initial_fan_out", module.out_features))) ** 0.5
+            init.uniform_(module.weight, -bound, bound)
             if module.bias is not None:
                 init.constant_(module.bias, getattr(module, "initial_bias", 0.0))
         elif isinstance(module, nn.LayerNorm):
@@ -268,10 +281,13 @@ class MIMAEPreTrainedModel(ViTMAEPreTrainedModel):
         return loaded
 
     def save_pretrained(self, *args, save_original_format: bool = False, **kwargs):
-        """As in transformers, but files hold the names of `state_dict()`.
+        """As in transformers, but files hold the names of `state_dict()`, and `AutoModel` finds the encoder in them.
 
         The way back to transformers 4's names is not one-to-one: it would write `decoder.decoder_encoder.layer.*`.
+        transformers notes the saved class alone in `auto_map`.
         """
+        encoder = f"{MIMAEModel.__module__.rsplit('.', 1)[-1]}.{MIMAEModel.__name__}"
+        self.config.auto_map = {**(getattr(self.config, "auto_map", None) or {}), "AutoModel": encoder}
         super().save_pretrained(*args, save_original_format=save_original_format, **kwargs)
 
 
@@ -330,13 +346,19 @@ class MIMAEModel(MIMAEPreTrainedModel, ViTMAEModel):
         Args:
             pixel_values: (B, C, H, W), normalised.
             noise: (B, L), or (B, N, L) for independent masks: what the masks are cut from; None = drawn here.
+
+        Raises:
+            ValueError: see `MIMAEEmbeddings.embed_patches`; noise of another shape than `config.mask_strategy` needs.
         """
         config = self.config
         patches = self.embeddings.embed_patches(pixel_values, interpolate_pos_encoding)  # (B, L, D)
-        num_patches = patches.shape[1]
+        batch_size, num_patches, _ = patches.shape
+        views_of_noise = (config.num_views,) if config.mask_strategy == "independent" else ()
+        noise_shape = (batch_size, *views_of_noise, num_patches)
         if noise is None:
-            shape = (num_patches,) if config.mask_strategy == "orthogonal" else (config.num_views, num_patches)
-            noise = torch.rand(patches.shape[0], *shape, device=patches.device)
+            noise = torch.rand(noise_shape, device=patches.device)
+        elif noise.shape != noise_shape:
+            raise ValueError(f"noise {tuple(noise.shape)} must be {noise_shape} for {config.mask_strategy} masks")
         num_visible = num_visible_patches(num_patches, config.mask_ratio, config.num_masks)
         ids_shuffle = multi_mask_ids(noise, config.num_views, num_visible)  # (B, N, L)
         mask, ids_restore = masks_from_ids(ids_shuffle, num_visible)
@@ -401,7 +423,7 @@ class MIMAEForPreTraining(MIMAEPreTrainedModel, ViTMAEForPreTraining):
             ValueError: see `MIMAEEmbeddings.embed_patches` and `multi_mask_ids`.
         """
         config = self.config
-        views = self.vit.forward_masked(pixel_values, noise, interpolate_pos_encoding, **kwargs)
+        views = self.vit.forward_masked(pixel_values, noise, interpolate_pos_encoding, return_dict=True, **kwargs)
         grid_size = tuple(side // config.patch_size for side in pixel_values.shape[-2:])
         logits = self.decoder(views.last_hidden_state, views.ids_restore, grid_size, config.grid_size)
 
@@ -435,6 +457,14 @@ class MIMAEForPreTraining(MIMAEPreTrainedModel, ViTMAEForPreTraining):
             attentions=views.attentions,
         )
 
+    def patchify(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = True) -> torch.Tensor:
+        """(B, C, H, W) → (B, L, P), of any size that the patches divide; ViTMAE's by default refuses rectangles."""
+        return super().patchify(pixel_values, interpolate_pos_encoding)
+
+    def unpatchify(self, patches: torch.Tensor, original_image_size: tuple[int, int] | None = None) -> torch.Tensor:
+        """(B, L, P) → (B, C, H, W), of the configuration's size unless (height, width) is given."""
+        return super().unpatchify(patches, original_image_size or self.config.image_size_2d)
+
     def reconstruction_loss(
         self, pixel_values: torch.Tensor, logits: torch.Tensor, mask: torch.Tensor
     ) -> torch.Tensor:
@@ -446,8 +476,7 @@ class MIMAEForPreTraining(MIMAEPreTrainedModel, ViTMAEForPreTraining):
 
     def reconstruction_target(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Pixels by patch (B, L, P), float32, each patch normalised by its own statistics under `norm_pix_loss`."""
-        # interpolate_pos_encoding=True lets ViTMAE's patchify take images that are not square
-        target = self.patchify(pixel_values.float(), interpolate_pos_encoding=True)
+        target = self.patchify(pixel_values.float())
         if not self.config.norm_pix_loss:
             return target
         variance, mean = torch.var_mean(target, dim=-1, keepdim=True)

@@ -82,3 +82,33 @@ def noise_for_mask(visible: list[int], num_patches: int) -> torch.Tensor:
     noise = torch.empty(num_patches)
     noise[order] = torch.arange(num_patches, dtype=torch.float32) / num_patches
     return noise
+
+
+def assert_official_mae_statistics(model: torch.nn.Module, grid_size: tuple[int, int]):
+    """Every parameter is as the official MAE (models_mae.py, `initialize_weights`) draws it, V's as Sec. 5.4 needs.
+
+    xavier-uniform linear layers, the patch projection as a linear layer, q, k and v as one layer (timm's `qkv`), zero
+    biases (one for V's variance), class and mask token N(0, 0.02), fixed sin-cos positions.
+    """
+    for name, parameter in model.named_parameters():
+        value, kind = parameter.detach(), name.rsplit(".", 1)[-1]
+        if kind in ("position_embeddings", "decoder_pos_embed"):
+            torch.testing.assert_close(value, sincos_by_loops(grid_size, value.shape[-1]), msg=name)
+            assert not parameter.requires_grad, name
+            continue
+        assert parameter.requires_grad, name
+        if kind in ("cls_token", "mask_token"):
+            assert 0.013 < value.std() < 0.027, name
+            assert value.mean().abs() < 0.01, name
+        elif "norm" in name:
+            assert torch.all(value == (1 if kind == "weight" else 0)), name
+        elif kind == "bias":
+            assert torch.all(value == (1 if name.endswith("approximator.variance.3.bias") else 0)), name
+        else:
+            fan_out, fan_in = value.flatten(1).shape
+            if any(projection in name for projection in ("q_proj", "k_proj", "v_proj")):
+                fan_out *= 3
+            bound = math.sqrt(6 / (fan_in + fan_out))
+            assert 0.97 * bound < value.abs().max() <= bound * (1 + 1e-6), name
+            assert math.isclose(value.std().item(), bound / math.sqrt(3), rel_tol=0.08), name
+            assert abs(value.mean().item()) < 0.1 * bound, name
