@@ -241,13 +241,13 @@ def on_main_process(compute: Callable[[], Any]) -> Any:
     return broadcast_object_list(result)[0]
 
 
-def open_source(data_args: DataArguments, split: str, train_dir: str | None = None) -> ImageSource:
-    """The images that the flags name; `train_dir` replaces theirs."""
+def open_source(data_args: DataArguments, split: str) -> ImageSource:
+    """One split of the images that the flags name."""
     return open_image_source(
         split=split,
         dataset_name=data_args.dataset_name,
         dataset_config_name=data_args.dataset_config_name,
-        train_dir=train_dir or data_args.train_dir,
+        train_dir=data_args.train_dir,
         data_files=data_args.data_files,
         streaming=data_args.streaming,
         image_column_name=data_args.image_column_name,
@@ -257,11 +257,17 @@ def open_source(data_args: DataArguments, split: str, train_dir: str | None = No
 
 
 def open_probe_source(data_args: DataArguments) -> ImageSource | None:
-    """Held-out images for the probe: the validation split or folder that the flags name, or one there is."""
-    if data_args.validation_dir is not None or data_args.validation_split is not None:
-        return open_source(data_args, data_args.validation_split or data_args.train_split, data_args.validation_dir)
-    if data_args.data_files is not None:
+    """Held-out images for the probe: the validation folder or split that the flags name, or one there is."""
+    if data_args.validation_dir is not None:
+        return open_image_source(
+            split=data_args.validation_split or data_args.train_split,
+            train_dir=data_args.validation_dir,
+            cache_dir=data_args.cache_dir,
+        )
+    if data_args.data_files is not None:  # all of them are for training
         return None
+    if data_args.validation_split is not None:
+        return open_source(data_args, data_args.validation_split)
     for split in ("validation", "test"):
         try:
             return open_source(data_args, split)

@@ -5,6 +5,9 @@ from typing import get_args, get_type_hints
 
 from huggingface_hub.dataclasses import type_validator
 
+# one of them says where the images are; a flag replaces whichever a recipe names
+PLACES = ("dataset_name", "train_dir", "data_files")
+
 
 @dataclass
 class DataArguments:
@@ -65,7 +68,7 @@ class DataArguments:
         self._check_ranges()
 
     def _check_one_place(self):
-        named = [name for name in ("dataset_name", "train_dir", "data_files") if getattr(self, name)]
+        named = [name for name in PLACES if getattr(self, name)]
         if len(named) > 1:
             raise ValueError(f"{' and '.join(named)} name different data: give one of them")
 

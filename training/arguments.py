@@ -3,23 +3,24 @@
 import argparse
 import dataclasses
 import difflib
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from transformers import HfArgumentParser, PreTrainedConfig
 
-from ..data.arguments import check_types
+from ..data.arguments import PLACES, check_types
 
 
 class RecipeError(ValueError):
     """A recipe or a flag that cannot be used; the message names the key."""
 
 
-def _option(default: Any, text: str, **extra: Any) -> Any:
-    return field(default=default, metadata={"help": text, **extra})
+def _option(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
 
 
 @dataclass
@@ -54,7 +55,7 @@ class PretrainingArguments:
     num_train_epochs: float = _option(200.0, "Passes over the images.")
     max_train_steps: int | None = _option(None, "Optimiser steps; wins over num_train_epochs.")
     base_learning_rate: float = _option(1.5e-4, "lr = base_learning_rate * batch / lr_base_batch.")
-    lr_batch_unit: str = _option("views", "What the batch counts in the lr rule.", choices=["views", "images"])
+    lr_batch_unit: Literal["views", "images"] = _option("views", "What the batch counts in the lr rule.")
     lr_base_batch: int = _option(256, "See base_learning_rate; 256 for MAE, 512 for SimMIM.")
     min_learning_rate: float = _option(0.0, "Where the half-cosine ends.")
     warmup_epochs: float = _option(10.0, "Linear from 0.")
@@ -71,7 +72,7 @@ class PretrainingArguments:
         None, "Per channel, in 0..1; default: ImageNet's for 3 channels, else 0.5."
     )
 
-    mixed_precision: str | None = _option(None, "Default: accelerate's.", choices=["no", "fp16", "bf16"])
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = _option(None, "Default: accelerate's.")
     torch_compile: bool = _option(False, "Compile the model; pays on a GPU.")
     use_cpu: bool = _option(False, "Train on the CPU even if there is a GPU.")
 
@@ -155,6 +156,8 @@ def parse_arguments(
     check_recipe(recipe, groups, config_class)
     fields = set(config_fields(config_class))
     parser.set_defaults(**{key: value for key, value in recipe.items() if key not in fields})
+    if named := [place for place in PLACES if _is_given(argv, place)]:
+        parser.set_defaults(**{place: None for place in PLACES if place not in named})
     *instances, rest = parser.parse_args_into_dataclasses(argv, args_file_flag=None)
     overrides = {key: value for key, value in vars(rest).items() if key in fields}
     return instances, {**{k: v for k, v in recipe.items() if k in fields}, **overrides}, recipe_path
@@ -184,6 +187,11 @@ def _config_flag(argv: Sequence[str] | None, default: Path) -> Path:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config", type=Path, default=default)
     return parser.parse_known_args(argv)[0].config
+
+
+def _is_given(argv: Sequence[str] | None, name: str) -> bool:
+    arguments = sys.argv[1:] if argv is None else argv
+    return any(argument.split("=")[0] == f"--{name}" for argument in arguments)
 
 
 def _parse_value(text: str) -> Any:

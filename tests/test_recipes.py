@@ -1,0 +1,183 @@
+"""Recipes and flags: every recipe can be run, costs what its header says, and what is wrong is refused by name."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from torch.utils.flop_counter import FlopCounterMode
+
+from mimae import MIMAEConfig, MIMAEForPreTraining
+from mimae.data.arguments import DataArguments
+from mimae.run_mim_pretrain import RECIPES, build_config
+from mimae.training.arguments import (
+    ModelArguments,
+    PretrainingArguments,
+    RecipeError,
+    check_recipe,
+    parse_arguments,
+    read_recipe,
+)
+
+ALL_RECIPES = sorted(RECIPES.rglob("*.yaml"))
+GROUPS = (ModelArguments, DataArguments, PretrainingArguments)
+IMAGENET_TRAIN_IMAGES = 1_281_167
+FASHION_MNIST_TRAIN_IMAGES = 60_000
+
+
+def parse(*argv: str, recipe: Path = RECIPES / "demo.yaml"):
+    """(model, data, training arguments), the model configuration's fields."""
+    groups, fields, _ = parse_arguments(list(argv), GROUPS, MIMAEConfig, recipe, "test")
+    return groups, fields
+
+
+def config_of(recipe: Path) -> MIMAEConfig:
+    (model_args, *_), fields = parse("--config", str(recipe))
+    return build_config(model_args.model_type, model_args.preset, fields)
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_there_is_a_recipe_for_each_row_of_the_papers_pre_training_tables():
+    names = {str(path.relative_to(RECIPES).with_suffix("")) for path in ALL_RECIPES}
+    assert {"demo", "fashion_mnist/mae", "fashion_mnist/mimae"} <= names
+    assert {f"imagenet/{name}" for name in ("mimae_vit_base_200e", "mimae_vit_base_400e")} <= names
+    assert {"imagenet/mae_vit_base_800e", "imagenet/mimae_vit_small_200e"} <= names
+    assert len([name for name in names if re.search(r"ablation/losses_[a-f]_", name)]) == 6
+    assert len([name for name in names if "ablation/weights_" in name]) == 5  # (1, 10) is row (f)
+    assert len([name for name in names if "ablation/ratio_" in name]) == 18
+    assert {f"imagenet/ablation/masks_{name}" for name in ("independent", "6", "8")} <= names
+
+
+@pytest.mark.parametrize("recipe", ALL_RECIPES, ids=lambda path: str(path.relative_to(RECIPES)))
+def test_recipe_is_well_typed_builds_its_model_and_costs_what_its_header_says(recipe):
+    (_, data_args, args), _ = parse("--config", str(recipe))
+    config = config_of(recipe)
+    with torch.device("meta"):
+        model = MIMAEForPreTraining(config)
+        pixel_values = torch.empty(1, config.num_channels, *config.image_size_2d)
+        noise = torch.empty(1, *config.noise_shape)
+    with FlopCounterMode(display=False) as counter:
+        logits = model(pixel_values, noise=noise).logits
+    assert logits.shape[:3] == (1, config.num_views, config.num_patches)
+
+    header = recipe.read_text().split("\n\n")[0]
+    for part in ("Claim:", "Cost:", "Command:"):
+        assert part in header
+    if data_args.dataset_name == "ILSVRC/imagenet-1k":
+        num_images = IMAGENET_TRAIN_IMAGES
+    elif "fashion" in str(recipe):
+        num_images = FASHION_MNIST_TRAIN_IMAGES
+    else:
+        return  # the demo's cost is a time
+    views = num_images * args.num_train_epochs * config.num_views
+    flop = views * 3 * counter.get_total_flops() / config.num_views
+    assert f"{views:.2e} masked views, {flop:.1e} FLOP" in header
+    assert f"recipes/{recipe.relative_to(RECIPES)}" in header
+
+
+@pytest.mark.parametrize("folder", ["fashion_mnist", "imagenet"])
+def test_arms_that_are_compared_have_as_many_views_steps_and_the_same_learning_rate(folder):
+    mae, mimae = {
+        "fashion_mnist": ("fashion_mnist/mae", "fashion_mnist/mimae"),
+        "imagenet": ("imagenet/mae_vit_base_800e", "imagenet/mimae_vit_base_200e"),
+    }[folder]
+    arms = []
+    for name in (mae, mimae):
+        (_, _, args), _ = parse("--config", str(RECIPES / f"{name}.yaml"))
+        num_views = config_of(RECIPES / f"{name}.yaml").num_views
+        arms.append(
+            {
+                "views a step": args.per_device_train_batch_size * num_views,
+                "views": args.num_train_epochs * num_views,
+                "warm-up views": args.warmup_epochs * num_views,
+                "base": (args.base_learning_rate, args.lr_base_batch, args.lr_batch_unit, args.weight_decay),
+            }
+        )
+    assert arms[0] == arms[1]
+
+
+def test_the_demo_differs_from_the_imagenet_recipe_in_size_and_steps_alone():
+    demo = config_of(RECIPES / "demo.yaml")
+    imagenet = config_of(RECIPES / "imagenet/mimae_vit_base_200e.yaml")
+    assert demo.num_patches >= 64
+    sizes = {"image_size", "patch_size", "hidden_size", "num_hidden_layers", "num_attention_heads"}
+    sizes |= {"intermediate_size", "transformers_version"}
+    for name, value in imagenet.to_dict().items():
+        if name not in sizes and not re.fullmatch(r"decoder_(hidden_size|num_.*|intermediate_size)", name):
+            assert demo.to_dict()[name] == value, name
+    lengths = {"per_device_train_batch_size", "num_train_epochs", "warmup_epochs", "checkpointing_epochs"}
+    lengths |= {"evaluation_epochs", "evaluation_crop_ratio"}
+    assert set(read_recipe(RECIPES / "demo.yaml")) <= sizes | lengths | {
+        f"decoder_{name}" for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+    }
+
+
+def test_an_unknown_key_is_refused_by_name_with_the_nearest_known_one(tmp_path):
+    with pytest.raises(RecipeError, match=r"unknown key 'mask_ration'; did you mean 'mask_ratio'"):
+        parse(recipe=write(tmp_path, "mask_ration: 0.75\n"))
+
+
+@pytest.mark.parametrize(
+    ("line", "name"),
+    [
+        ("base_learning_rate: 2e-4", "base_learning_rate"),  # YAML reads text
+        ("seed: '3'", "seed"),
+        ("streaming: 1", "streaming"),
+        ("num_train_epochs: null", "num_train_epochs"),
+        ("per_device_train_batch_size: 2.5", "per_device_train_batch_size"),
+        ("logging_steps: 0", "logging_steps"),
+        ("lr_batch_unit: pixels", "lr_batch_unit"),
+        ("checkpoints_total_limit: 1", "checkpoints_total_limit"),
+    ],
+)
+def test_a_wrong_type_or_value_is_refused_by_name(tmp_path, line, name):
+    with pytest.raises(ValueError, match=name):
+        parse(recipe=write(tmp_path, line + "\n"))
+
+
+@pytest.mark.parametrize("line", ["num_masks: four", "mask_ratio: '0.75'", "mask_strategy: diagonal"])
+def test_a_wrong_model_field_is_refused_by_name_when_the_configuration_is_built(tmp_path, line):
+    _, fields = parse(recipe=write(tmp_path, line + "\n"))
+    with pytest.raises(Exception, match=line.split(":")[0]):
+        build_config("mimae", None, fields)
+
+
+def test_flags_win_over_the_recipe_and_the_recipe_over_defaults(tmp_path):
+    recipe = write(tmp_path, "seed: 3\nnum_masks: 6\nweight_decay: 0\nimage_size: [32, 64]\n")
+    (_, _, args), fields = parse("--seed", "5", "--num_masks", "8", "--mi_gate_threshold", "None", recipe=recipe)
+    assert (args.seed, args.weight_decay, args.adam_beta2) == (5, 0.0, 0.95)
+    assert fields == {"num_masks": 8, "mi_gate_threshold": None, "image_size": [32, 64]}
+
+
+def test_a_flag_that_names_other_data_replaces_the_recipes(tmp_path):
+    recipe = write(tmp_path, "train_dir: somewhere\n")
+    (_, data_args, _), _ = parse("--data_files", "a.parquet", "b.parquet", recipe=recipe)
+    assert (data_args.train_dir, data_args.data_files) == (None, ["a.parquet", "b.parquet"])
+    with pytest.raises(ValueError, match="dataset_name and train_dir"):
+        check_recipe(yaml.safe_load("train_dir: a\ndataset_name: b\n"), GROUPS, MIMAEConfig)
+
+
+def test_an_unknown_flag_ends_the_process_and_is_named(capsys):
+    with pytest.raises((SystemExit, ValueError)) as refusal:
+        parse("--learning_rte", "1")
+    assert "learning_rte" in capsys.readouterr().err + str(refusal.value)
+
+
+def test_a_yaml_tag_executes_nothing(tmp_path):
+    marker = tmp_path / "executed"
+    with pytest.raises(RecipeError, match="cannot be read"):
+        parse(recipe=write(tmp_path, f"seed: !!python/object/apply:os.system ['touch {marker}']\n"))
+    assert not marker.exists()
+
+
+def test_a_recipe_that_is_not_there_or_no_mapping_is_refused(tmp_path):
+    with pytest.raises(RecipeError, match=r"nowhere\.yaml"):
+        parse("--config", str(tmp_path / "nowhere.yaml"))
+    with pytest.raises(RecipeError, match="mapping"):
+        parse(recipe=write(tmp_path, "- seed\n"))
