@@ -22,18 +22,19 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list, set_seed
 from torchvision.transforms import InterpolationMode
 from transformers import PreTrainedConfig, ViTImageProcessor, ViTMAEConfig
+from transformers.utils import logging as transformers_logging
 
 from mimae import MIMAEConfig, MIMAEForPreTraining, __version__
 from mimae.data.arguments import DataArguments
 from mimae.data.loaders import PretrainingLoader, evaluation_batches
 from mimae.data.sources import ImageSource, open_image_source
-from mimae.data.transforms import evaluation_transform, normalize, pretraining_transform
+from mimae.data.transforms import Normalization, evaluation_transform, pretraining_transform
 from mimae.training.arguments import ModelArguments, PretrainingArguments, config_fields, parse_arguments
 from mimae.training.checkpoints import CheckpointStore
 from mimae.training.monitors import Evaluation, Probe, ReconstructionMonitor, probe_indices, split_indices
 from mimae.training.optimization import WarmupCosine, build_adamw, scaled_learning_rate
 from mimae.training.results import device_name, write_results
-from mimae.training.run_folder import claim_output_dir
+from mimae.training.run_folder import claim_output_dir, clear_output_dir
 from mimae.training.signals import RunStopped
 from mimae.training.trainer import Intervals, Pretrainer
 
@@ -71,29 +72,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv, groups, MIMAEConfig, default_recipe=RECIPES / "demo.yaml", description=__doc__
     )
     config = build_config(model_args.model_type, model_args.preset, model_fields)
-    resume = args.resume_from_checkpoint
-    PartialState(
-        cpu=args.use_cpu
-    )  # the processes meet; accelerate's trackers want the folder before an Accelerator is
-    claim = partial(claim_output_dir, args.output_dir, recipe, args.overwrite_output_dir, resume is not None)
-    output_dir = on_main_process(claim)
-    accelerator = start_accelerator(args, output_dir)
-    accelerator.init_trackers("mimae", config={"recipe": recipe.stem, "seed": args.seed})
-
+    accelerator, output_dir = start_processes(args, recipe)
     set_seed(args.seed)
     with accelerator.main_process_first():
         source, probe_source = open_source(data_args, data_args.train_split), open_probe_source(data_args)
     model = build_model(config, model_args)
-    mean, std = normalization(config.num_channels, args.image_mean, args.image_std)
-    processor = build_image_processor(config, mean, std)
+    normalization = Normalization(*channel_statistics(config, args), accelerator.device)
+    processor = build_image_processor(config, normalization)
     loader = build_loader(source, config, data_args, args, accelerator)
     steps_per_epoch = loader.samples_used // loader.images_per_step
     schedule = build_schedule(args, steps_per_epoch, loader.images_per_step, config.num_views)
-    device_values = [torch.tensor(values, device=accelerator.device) for values in (mean, std)]
-    normalize_batch = partial(normalize, mean=device_values[0], std=device_values[1])
-    evaluation = build_evaluation(
-        source, probe_source, config, data_args, args, normalize_batch, mean, std, output_dir
-    )
+    evaluation = build_evaluation(source, probe_source, config, data_args, args, normalization, output_dir)
 
     def save_model(folder: Path) -> None:
         model.save_pretrained(folder)
@@ -110,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         model=model,
         optimizer=build_adamw(model, weight_decay=args.weight_decay, betas=(args.adam_beta1, args.adam_beta2)),
         loader=loader,
-        normalize=normalize_batch,
+        normalize=normalization,
         schedule=schedule,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         max_grad_norm=args.max_grad_norm,
@@ -122,49 +111,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         ),
         output_dir=output_dir,
         checkpoints=checkpoints,
-        settings=run_settings(
-            config, data_args, model_args, args, loader, schedule, accelerator.mixed_precision, (mean, std)
-        ),
+        settings=run_settings(model_args, data_args, args, config, normalization, loader, schedule, accelerator),
         save_model=save_model,
         evaluate=partial(evaluation, model, accelerator),
         max_bad_image_fraction=data_args.max_bad_image_fraction,
     )
-    if resume is not None:
-        trainer.resume(on_main_process(lambda: checkpoints.resolve(resume)))
+    if args.resume_from_checkpoint is not None:
+        trainer.resume(on_main_process(lambda: checkpoints.resolve(args.resume_from_checkpoint)))
+    elif args.overwrite_output_dir:
+        on_main_process(lambda: clear_output_dir(output_dir))
+    accelerator.init_trackers("mimae", config={"recipe": recipe.stem, "seed": args.seed})
 
     started = time.perf_counter()
     try:
         trainer.train()
     except RunStopped as stop:
-        logger.info(
-            "stopped by %s at step %d; go on with --resume_from_checkpoint latest", stop, trainer.progress.step
-        )
+        logger.info("stopped by %s at step %d; --resume_from_checkpoint latest goes on", stop, trainer.progress.step)
         return stop.exit_code
     finally:
         accelerator.end_training()
     if accelerator.is_main_process:
         save_model(output_dir)
-        print(
-            write_results(
-                output_dir,
-                recipe={**vars(model_args), **vars(data_args), **vars(args), **model_fields},
-                summary={
-                    "model_type": config.model_type,
-                    "dataset": data_args.dataset_name,
-                    "num_images": loader.num_samples,
-                    "steps": trainer.progress.step,
-                    "epochs": trainer.progress.step / steps_per_epoch,
-                    "world_size": accelerator.num_processes,
-                    "device": device_name(accelerator.device),
-                    "seconds": time.perf_counter() - started,
-                    "gate_opened_at_step": trainer.meter.gate_opened_at,
-                    "gate_threshold": config.mi_gate_threshold,
-                    "information_terms": config.mi_max_weight > 0 or config.mi_min_weight > 0,
-                    "seed": args.seed,
-                },
-                picture=evaluation.newest_picture,
-            )
-        )
+        summary = summarize(data_args, args, config, trainer, steps_per_epoch, time.perf_counter() - started)
+        values = {**vars(model_args), **vars(data_args), **vars(args), **model_fields}
+        print(write_results(output_dir, recipe=values, summary=summary, picture=evaluation.newest_picture))
     return 0
 
 
@@ -213,8 +183,13 @@ def compare_with_checkpoint(config: MIMAEConfig, saved: dict[str, Any], path: st
         logger.info("warm start: %s=%s, the recipe's, not the checkpoint's %s", name, here, there)
 
 
-def start_accelerator(args: PretrainingArguments, output_dir: Path) -> Accelerator:
-    """Devices and processes; the first line of the log says how many."""
+def start_processes(args: PretrainingArguments, recipe: Path) -> tuple[Accelerator, Path]:
+    """Devices and processes, and the run's folder, held by the main one; the first line of the log says how many."""
+    PartialState(cpu=args.use_cpu)  # the processes meet: trackers want the folder before there is an Accelerator
+    is_resumed = args.resume_from_checkpoint is not None
+    output_dir = on_main_process(
+        lambda: claim_output_dir(args.output_dir, recipe, args.overwrite_output_dir, is_resumed)
+    )
     report_to = None if args.report_to == "none" else args.report_to.split(",")
     accelerator = Accelerator(
         cpu=args.use_cpu, mixed_precision=args.mixed_precision, log_with=report_to, project_dir=output_dir
@@ -225,6 +200,7 @@ def start_accelerator(args: PretrainingArguments, output_dir: Path) -> Accelerat
         datefmt="%H:%M:%S",
         force=True,
     )
+    transformers_logging.disable_progress_bar()  # of every save
     logger.info(
         "world size %d on %s, precision %s, mimae %s",
         accelerator.num_processes,
@@ -232,7 +208,7 @@ def start_accelerator(args: PretrainingArguments, output_dir: Path) -> Accelerat
         accelerator.mixed_precision,
         __version__,
     )
-    return accelerator
+    return accelerator, output_dir
 
 
 def on_main_process(compute: Callable[[], Any]) -> Any:
@@ -276,28 +252,26 @@ def open_probe_source(data_args: DataArguments) -> ImageSource | None:
     return None
 
 
-def normalization(
-    num_channels: int, mean: list[float] | None, std: list[float] | None
-) -> tuple[list[float], list[float]]:
+def channel_statistics(config: MIMAEConfig, args: PretrainingArguments) -> tuple[list[float], list[float]]:
     """Mean and standard deviation per channel, in 0..1: the flags', else ImageNet's for 3 channels, else 0.5."""
-    is_rgb = num_channels == len(IMAGENET_MEAN)
-    mean = mean or (IMAGENET_MEAN if is_rgb else [0.5] * num_channels)
-    std = std or (IMAGENET_STD if is_rgb else [0.5] * num_channels)
-    if len(mean) != num_channels or len(std) != num_channels:
+    is_rgb = config.num_channels == len(IMAGENET_MEAN)
+    mean = args.image_mean or (IMAGENET_MEAN if is_rgb else [0.5] * config.num_channels)
+    std = args.image_std or (IMAGENET_STD if is_rgb else [0.5] * config.num_channels)
+    if len(mean) != config.num_channels or len(std) != config.num_channels:
         raise ValueError(
-            f"image_mean={mean} and image_std={std} must have one value for each of num_channels={num_channels}"
+            f"image_mean={mean} and image_std={std} must have one value for each of num_channels={config.num_channels}"
         )
     return mean, std
 
 
-def build_image_processor(config: MIMAEConfig, mean: list[float], std: list[float]) -> ViTImageProcessor:
+def build_image_processor(config: MIMAEConfig, normalization: Normalization) -> ViTImageProcessor:
     """What users of the model put before it, as `preprocessor_config.json`."""
     height, width = config.image_size_2d
     return ViTImageProcessor(
         size={"height": height, "width": width},
         resample=InterpolationMode.BICUBIC.value,
-        image_mean=mean,
-        image_std=std,
+        image_mean=normalization.mean,
+        image_std=normalization.std,
         do_convert_rgb=config.num_channels == len(IMAGENET_MEAN),
     )
 
@@ -362,10 +336,8 @@ def build_evaluation(
     config: MIMAEConfig,
     data_args: DataArguments,
     args: PretrainingArguments,
-    normalize_batch: Callable[[torch.Tensor], torch.Tensor],
-    mean: list[float],
-    std: list[float],
-    folder: Path,
+    normalization: Normalization,
+    output_dir: Path,
 ) -> Evaluation:
     """Pictures of a few images, and a probe where there are labels."""
     read = {
@@ -378,7 +350,7 @@ def build_evaluation(
     shown = probe_indices(held_out, NUM_PICTURES)
     (batch,) = evaluation_batches(held_out, indices=shown, **{**read, "batch_size": NUM_PICTURES, "num_workers": 0})
     noise = torch.rand(len(batch["labels"]), *config.noise_shape, generator=torch.Generator().manual_seed(args.seed))
-    pictures = ReconstructionMonitor(batch["pixel_values"], noise, normalize_batch, mean=mean, std=std)
+    pictures = ReconstructionMonitor(batch["pixel_values"], noise, normalization)
 
     probe = None
     if source.has_labels and held_out.has_labels:
@@ -388,19 +360,19 @@ def build_evaluation(
             logger.info(
                 "no validation split: the probe is fitted on one half of its training images, tested on the other"
             )
-        probe = Probe(source, indices[0], held_out, indices[1], normalize=normalize_batch, read=read)
-    return Evaluation(folder / "reconstructions", pictures, probe)
+        probe = Probe(source, indices[0], held_out, indices[1], normalize=normalization, read=read)
+    return Evaluation(output_dir / "reconstructions", pictures, probe)
 
 
 def run_settings(
-    config: MIMAEConfig,
-    data_args: DataArguments,
     model_args: ModelArguments,
+    data_args: DataArguments,
     args: PretrainingArguments,
+    config: MIMAEConfig,
+    normalization: Normalization,
     loader: PretrainingLoader,
     schedule: WarmupCosine,
-    mixed_precision: str,
-    normalization: tuple[list[float], list[float]],
+    accelerator: Accelerator,
 ) -> dict[str, Any]:
     """What a run's result follows from, as JSON holds it; a resumed run must have the same."""
     settings = {
@@ -413,11 +385,37 @@ def run_settings(
         "images_per_epoch": loader.num_samples,
         "images_per_forward": loader.global_batch_size,
         "shuffle_window": data_args.shuffle_window if loader.source.reads_blocks else None,
-        "image_mean_std": normalization,
-        "mixed_precision": mixed_precision,
+        "image_mean": normalization.mean,
+        "image_std": normalization.std,
+        "mixed_precision": accelerator.mixed_precision,
         "model_name_or_path": model_args.model_name_or_path,
     }
     return json.loads(json.dumps(settings))
+
+
+def summarize(
+    data_args: DataArguments,
+    args: PretrainingArguments,
+    config: MIMAEConfig,
+    trainer: Pretrainer,
+    steps_per_epoch: int,
+    seconds: float,
+) -> dict[str, Any]:
+    """Facts of a finished run, for the card and the terminal."""
+    return {
+        "model_type": config.model_type,
+        "dataset": data_args.dataset_name,
+        "num_images": trainer.loader.num_samples,
+        "steps": trainer.progress.step,
+        "epochs": trainer.progress.step / steps_per_epoch,
+        "world_size": trainer.accelerator.num_processes,
+        "device": device_name(trainer.accelerator.device),
+        "seconds": seconds,
+        "gate_opened_at_step": trainer.meter.gate_opened_at,
+        "gate_threshold": config.mi_gate_threshold,
+        "information_terms": config.mi_max_weight > 0 or config.mi_min_weight > 0,
+        "seed": args.seed,
+    }
 
 
 if __name__ == "__main__":

@@ -87,5 +87,21 @@ def normalize(pixel_values, mean, std):
     return pixel_values.to(torch.float32).sub_(mean).div_(std)
 
 
+class Normalization:
+    """`normalize` with a mean and a standard deviation that lie on the device already: no step copies them there.
+
+    Args:
+        mean, std: one number per channel, in units of [0, 1]; kept as attributes.
+        device: of the images.
+    """
+
+    def __init__(self, mean, std, device):
+        self.mean, self.std = list(mean), list(std)
+        self._mean, self._std = (torch.tensor(values, device=device) for values in (mean, std))
+
+    def __call__(self, pixel_values):
+        return normalize(pixel_values, self._mean, self._std)
+
+
 def _height_width(image_size):
     return (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)

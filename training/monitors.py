@@ -3,7 +3,6 @@
 Both see images without augmentation, and change nothing: not the model's mode, not the gate, no random state.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +13,7 @@ from torch import nn
 
 from ..data.loaders import evaluation_batches
 from ..data.sources import ImageSource
+from ..data.transforms import Normalization
 from ..evaluation.features import extract_features
 from ..evaluation.probes import knn_accuracy, linear_probe_accuracy
 from .pictures import save_reconstructions
@@ -25,20 +25,11 @@ class ReconstructionMonitor:
     Args:
         pixel_values: (B, C, H, W), uint8.
         noise: (B, *noise_shape), what their masks are cut from, the same each time.
-        normalize: uint8 images → what the model takes; `mean` and `std` are its inverse.
+        normalize: uint8 images → what the model takes.
     """
 
-    def __init__(
-        self,
-        pixel_values: torch.Tensor,
-        noise: torch.Tensor,
-        normalize: Callable[[torch.Tensor], torch.Tensor],
-        *,
-        mean: list[float],
-        std: list[float],
-    ):
+    def __init__(self, pixel_values: torch.Tensor, noise: torch.Tensor, normalize: Normalization):
         self._pixel_values, self._noise, self._normalize = pixel_values, noise, normalize
-        self._mean, self._std = mean, std
 
     @torch.no_grad()
     def draw(self, model: nn.Module, accelerator: Accelerator, path: Path) -> None:
@@ -57,8 +48,8 @@ class ReconstructionMonitor:
                 output.mask.cpu(),
                 patch_size=model.config.patch_size,
                 norm_pix_loss=model.config.norm_pix_loss,
-                mean=self._mean,
-                std=self._std,
+                mean=self._normalize.mean,
+                std=self._normalize.std,
             )
 
 
@@ -78,7 +69,7 @@ class Probe:
         test: ImageSource,
         test_indices: np.ndarray,
         *,
-        normalize: Callable[[torch.Tensor], torch.Tensor],
+        normalize: Normalization,
         read: dict,
     ):
         self._parts = ((train, train_indices), (test, test_indices))
@@ -120,9 +111,9 @@ class Evaluation:
         return self._probe.measure(model, accelerator) if self._probe else {}
 
     @property
-    def newest_picture(self) -> Path:
+    def newest_picture(self) -> Path | None:
         """The one drawn last."""
-        return max(self._folder.glob("step-*.png"))
+        return max(self._folder.glob("step-*.png"), default=None)
 
 
 def probe_indices(source: ImageSource, limit: int) -> np.ndarray:

@@ -24,7 +24,7 @@ def device_name(device: torch.device) -> str:
     return f"CPU, {torch.get_num_threads()} thread(s), {platform.machine()}"
 
 
-def write_results(output_dir: Path, *, recipe: dict[str, Any], summary: dict[str, Any], picture: Path) -> str:
+def write_results(output_dir: Path, *, recipe: dict[str, Any], summary: dict[str, Any], picture: Path | None) -> str:
     """Writes `curves.png`, `reconstructions.png` and the card `README.md` from `metrics.jsonl`.
 
     Args:
@@ -49,8 +49,10 @@ def write_results(output_dir: Path, *, recipe: dict[str, Any], summary: dict[str
         output_dir / "curves.png",
         gate_threshold=summary["gate_threshold"] if summary["information_terms"] else None,
     )
-    shutil.copyfile(picture, output_dir / "reconstructions.png")
-    write_model_card(output_dir, summary=summary, recipe=recipe, pictures=["reconstructions.png", "curves.png"])
+    if picture is not None:
+        shutil.copyfile(picture, output_dir / "reconstructions.png")
+    pictures = [name for name in ("reconstructions.png", "curves.png") if (output_dir / name).exists()]
+    write_model_card(output_dir, summary=summary, recipe=recipe, pictures=pictures)
     return describe(summary, output_dir)
 
 

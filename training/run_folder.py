@@ -19,7 +19,7 @@ def claim_output_dir(requested: str | None, recipe: Path, overwrite: bool, resum
 
     Args:
         requested: --output_dir; None = `outputs/<recipe>`, or the first of `outputs/<recipe>-2`, … that is free.
-        overwrite: delete the run that the folder holds.
+        overwrite: the run that the folder holds may go; `clear_output_dir` deletes it once all else is ready.
         resume: go on with it.
 
     Raises:
@@ -32,14 +32,21 @@ def claim_output_dir(requested: str | None, recipe: Path, overwrite: bool, resum
     folder = Path(requested) if requested else _first_free(Path("outputs") / recipe.stem)
     OutputDirLock(folder).acquire()
     CheckpointStore(folder, total_limit=None).remove_partials()
-    if overwrite and not resume:
-        _delete_run(folder)
-    elif _holds_run(folder) and not resume:
+    if _holds_run(folder) and not overwrite and not resume:
         raise OutputDirNotEmptyError(
             f"{folder} holds another run. Go on with it: --resume_from_checkpoint latest; delete it: "
             "--overwrite_output_dir; or choose another --output_dir"
         )
     return folder
+
+
+def clear_output_dir(folder: Path) -> None:
+    """Deletes the run that a folder holds, and nothing else in it; call it on one process only."""
+    for pattern in RUN_FOLDERS:
+        for path in folder.glob(pattern):
+            shutil.rmtree(path)
+    for name in RUN_FILES:
+        (folder / name).unlink(missing_ok=True)
 
 
 def _first_free(folder: Path) -> Path:
@@ -51,11 +58,3 @@ def _first_free(folder: Path) -> Path:
 
 def _holds_run(folder: Path) -> bool:
     return any((folder / name).exists() for name in RUN_FILES) or any(folder.glob(RUN_FOLDERS[0]))
-
-
-def _delete_run(folder: Path) -> None:
-    for pattern in RUN_FOLDERS:
-        for path in folder.glob(pattern):
-            shutil.rmtree(path)
-    for name in RUN_FILES:
-        (folder / name).unlink(missing_ok=True)

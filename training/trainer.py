@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ..data.loaders import PretrainingLoader
+from ..data.transforms import Normalization
 from .bad_images import BadImageLog
 from .checkpoints import (
     CheckpointStore,
@@ -88,7 +89,7 @@ class Pretrainer:
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         loader: PretrainingLoader,
-        normalize: Callable[[torch.Tensor], torch.Tensor],
+        normalize: Normalization,
         schedule: WarmupCosine,
         gradient_accumulation_steps: int,
         max_grad_norm: float | None,
