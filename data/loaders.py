@@ -9,6 +9,7 @@ the state there is.
 """
 
 import logging
+import signal
 from typing import NamedTuple
 
 import numpy as np
@@ -244,8 +245,15 @@ class PretrainingLoader:
                 num_workers=self.num_workers,
                 pin_memory=self.pin_memory,
                 generator=torch.Generator(),  # else the DataLoader draws from the caller's
+                worker_init_fn=leave_stop_signals_to_the_caller,
             )
         )
+
+
+def leave_stop_signals_to_the_caller(worker):
+    """A signal to the process group must not take the workers from a run that wants to save and end in good order."""
+    for signum in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(signum, signal.SIG_IGN)
 
 
 def collate(samples):

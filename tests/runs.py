@@ -60,6 +60,7 @@ def launch(argv: list[str], *, launcher: tuple[str, ...] = (), **environment: st
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        start_new_session=True,  # a group of its own, to be signalled as a whole
     )
 
 

@@ -122,12 +122,13 @@ def test_a_killed_run_resumes_from_its_newest_valid_checkpoint_and_equals_one_ne
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
-def test_sigusr1_in_a_process_of_its_own_saves_and_exits_with_the_documented_code(tmp_path):
-    process = launch(flags(tmp_path / "run", max_train_steps=100_000, checkpointing_steps=100_000))
+def test_sigusr1_to_the_process_group_saves_and_exits_with_the_documented_code(tmp_path):
+    endless = {"max_train_steps": 100_000, "checkpointing_steps": 100_000, "dataloader_num_workers": 2}
+    process = launch(flags(tmp_path / "run", **endless))
     while not (tmp_path / "run" / "metrics.jsonl").exists() or len(metrics(tmp_path / "run")) < 3:
         assert process.poll() is None, process.stdout.read()
         time.sleep(0.05)
-    process.send_signal(signal.SIGUSR1)
+    os.killpg(process.pid, signal.SIGUSR1)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGUSR1, output
     (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")

@@ -117,13 +117,8 @@ class Pretrainer:
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
 
         self.progress = Progress()
+        self.max_bad_image_fraction = max_bad_image_fraction
         self.meter = StepMeter(accelerator.device)
-        self.bad_images = BadImageLog(
-            output_dir / "bad_images.jsonl",
-            accelerator,
-            num_images=loader.num_samples,
-            max_fraction=max_bad_image_fraction,
-        )
 
     def train(self) -> None:
         """Runs to the schedule's last step, from wherever `resume` has put it, and saves at the end.
@@ -139,6 +134,12 @@ class Pretrainer:
             step=self.progress.step,
             total_steps=self.schedule.total_steps,
         )
+        self.bad_images = BadImageLog(
+            self.output_dir / "bad_images.jsonl",
+            self.accelerator,
+            num_images=self.loader.num_samples,
+            max_fraction=self.max_bad_image_fraction,
+        )
         batches = self.loader.batches(self.progress.epoch, self.progress.position)
         if self.progress.step == 0:
             self.metrics.write(0, self.evaluate(0))
@@ -151,8 +152,6 @@ class Pretrainer:
                     self._after_step(stop_request)
         finally:
             self.metrics.close()
-            if hasattr(batches, "close"):
-                batches.close()
 
     def _step(self, batches: Iterator[dict[str, Any]]) -> None:
         scalars = torch.zeros(len(OUTPUT_SCALARS), device=self.accelerator.device)
