@@ -9,6 +9,7 @@ Exit codes: 0 done; 143 after SIGTERM and 138 after SIGUSR1, with a checkpoint o
 
 import json
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -194,8 +195,10 @@ def start_processes(args: PretrainingArguments, recipe: Path) -> tuple[Accelerat
     accelerator = Accelerator(
         cpu=args.use_cpu, mixed_precision=args.mixed_precision, log_with=report_to, project_dir=output_dir
     )
+    if accelerator.device.type == "cpu" and args.cpu_threads is not None:
+        torch.set_num_threads(max(1, args.cpu_threads // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
     logging.basicConfig(
-        level=logging.INFO if accelerator.is_main_process else logging.WARNING,
+        level=logging.INFO if accelerator.is_main_process else logging.ERROR,
         format="%(asctime)s %(name)s: %(message)s",
         datefmt="%H:%M:%S",
         force=True,

@@ -32,7 +32,13 @@ TINY_MODEL = {
     "decoder_intermediate_size": 32,
 }
 # 5 steps an epoch of 1,437 digits; probes and pictures only at both ends
-SHORT_RUN = {"per_device_train_batch_size": 256, "max_train_steps": 13, "logging_steps": 1, "report_to": "none"}
+SHORT_RUN = {
+    "cpu_threads": 1,
+    "per_device_train_batch_size": 256,
+    "max_train_steps": 13,
+    "logging_steps": 1,
+    "report_to": "none",
+}
 
 
 def flags(output_dir, **values) -> list[str]:

@@ -112,7 +112,7 @@ def test_the_demo_differs_from_the_imagenet_recipe_in_size_and_steps_alone():
         if name not in sizes and not re.fullmatch(r"decoder_(hidden_size|num_.*|intermediate_size)", name):
             assert demo.to_dict()[name] == value, name
     lengths = {"per_device_train_batch_size", "num_train_epochs", "warmup_epochs", "checkpointing_epochs"}
-    lengths |= {"evaluation_epochs", "evaluation_crop_ratio"}
+    lengths |= {"evaluation_epochs", "evaluation_crop_ratio", "cpu_threads"}
     assert set(read_recipe(RECIPES / "demo.yaml")) <= sizes | lengths | {
         f"decoder_{name}" for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
     }

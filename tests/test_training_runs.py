@@ -58,15 +58,16 @@ def test_every_loss_term_speed_and_gate_are_logged_at_each_step(short_run):
 
 
 def test_a_digits_run_lowers_reconstruction_and_opens_the_gate_at_the_default_threshold(tmp_path, capsys):
-    size = {"image_size": 32, "hidden_size": 64, "num_hidden_layers": 2, "decoder_hidden_size": 32}
-    assert pretrain(tmp_path / "run", **size, warmup_epochs=1, max_train_steps=120, base_learning_rate=2e-3) == 0
+    size = {"patch_size": 2, "hidden_size": 48, "num_hidden_layers": 2, "intermediate_size": 192}
+    size |= {"decoder_hidden_size": 48, "decoder_intermediate_size": 192}  # 64 patches, as in the demo
+    length = {"per_device_train_batch_size": 64, "max_train_steps": 400, "warmup_epochs": 1.0}
+    assert pretrain(tmp_path / "run", **size, **length, base_learning_rate=1e-3, checkpointing_steps=1000) == 0
     losses = series(tmp_path / "run", "reconstruction_loss")
     active = series(tmp_path / "run", "mi_active")
     assert losses[1] > 1.5
-    assert losses[120] < 0.5
     opened = min(step for step, value in active.items() if value)
     assert losses[opened] < 0.5 <= min(losses[step] for step in range(1, opened))
-    assert all(active[step] == 1 for step in range(opened, 121))
+    assert all(active[step] == 1 for step in range(opened, 401))
     assert f"opened at step {opened}" in capsys.readouterr().out
 
 

@@ -75,6 +75,9 @@ class PretrainingArguments:
     mixed_precision: Literal["no", "fp16", "bf16"] | None = _option(None, "Default: accelerate's.")
     torch_compile: bool = _option(False, "Compile the model; pays on a GPU.")
     use_cpu: bool = _option(False, "Train on the CPU even if there is a GPU.")
+    cpu_threads: int | None = _option(
+        None, "On a CPU, threads of all processes of a machine together; default: torch's, which accelerate sets to 1."
+    )
 
     checkpointing_steps: int | None = _option(None, "Save every so many steps; wins over checkpointing_epochs.")
     checkpointing_epochs: float = _option(1.0, "Save every so many epochs.")
@@ -90,7 +93,7 @@ class PretrainingArguments:
         check_types(self)
         for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps", "lr_base_batch"):
             _require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
-        for name in ("max_train_steps", "checkpointing_steps", "evaluation_steps"):
+        for name in ("max_train_steps", "checkpointing_steps", "evaluation_steps", "cpu_threads"):
             value = getattr(self, name)
             _require(value is None or value >= 1, f"{name}={value} must be at least 1")
         for name in ("num_train_epochs", "checkpointing_epochs", "evaluation_epochs", "base_learning_rate"):
