@@ -1,11 +1,12 @@
 """Images that could not be decoded: named in `bad_images.jsonl`, counted once each, and a bound on their share."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+
+from .jsonl import append_jsonl, keep_jsonl, read_jsonl
 
 
 class TooManyBadImagesError(RuntimeError):
@@ -25,8 +26,10 @@ class BadImageLog:
         self._path, self._accelerator = path, accelerator
         self._num_images, self._max_fraction = num_images, max_fraction
         self._pending: list[dict[str, Any]] = []
-        lines = path.read_text().splitlines() if path.exists() else []
-        self._known = {json.loads(line)["index"] for line in lines}
+        if accelerator.is_main_process:
+            keep_jsonl(path, lambda report: "index" in report)  # a kill may have cut the last line
+        accelerator.wait_for_everyone()
+        self._known = {report["index"] for report in read_jsonl(path)}
 
     def add(self, reports: list[dict[str, Any]]) -> None:
         """Reports of one batch of this process; usually none."""
@@ -47,8 +50,7 @@ class BadImageLog:
         self._pending = []
         news = {report["index"]: report for report in pending if report["index"] not in self._known}
         if news and self._accelerator.is_main_process:
-            with self._path.open("a") as file:
-                file.writelines(json.dumps(report) + "\n" for report in news.values())
+            append_jsonl(self._path, list(news.values()))
         self._known.update(news)
         if self.count > self._max_fraction * self._num_images:
             raise TooManyBadImagesError(

@@ -1,6 +1,5 @@
 """The course of a run, drawn from its `metrics.jsonl`."""
 
-import json
 import logging
 import math
 import os
@@ -9,6 +8,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from .jsonl import read_jsonl
 from .pictures import save_figure
 
 logger = logging.getLogger(__name__)
@@ -72,14 +72,9 @@ def save_curves(
 
 def _read_series(path: Path) -> Series:
     series: Series = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            metrics = json.loads(line)
-            step = metrics.pop("step")
-        except (ValueError, KeyError, AttributeError, TypeError):
-            logger.warning("%s, line %d is no metrics (a killed run can leave half a line): left out", path, number)
-            continue
-        for name, value in metrics.items():
+    for metrics in read_jsonl(path):
+        step = metrics.pop("step", None)
+        for name, value in metrics.items() if step is not None else ():
             series.setdefault(name, {})[step] = value
     return series
 

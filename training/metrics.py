@@ -1,14 +1,14 @@
 """Loss terms averaged on the device, written when logging: one line of JSON, the trackers, the progress bar."""
 
-import json
 import logging
 import math
-import os
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from tqdm.auto import tqdm
+
+from .jsonl import append_jsonl, keep_jsonl
 
 logger = logging.getLogger(__name__)
 
@@ -99,32 +99,17 @@ class MetricLog:
     def __init__(self, path: Path, accelerator: Accelerator, *, step: int, total_steps: int):
         self._path, self._accelerator, self._total_steps = path, accelerator, total_steps
         if accelerator.is_main_process:
-            self._drop_after(step)
+            keep_jsonl(path, lambda line: line.get("step", 0) <= step)
         # None: no bar where nobody watches, as in a cluster's log file; lines are logged there instead
         disable = None if accelerator.is_main_process else True
         self._bar = tqdm(total=total_steps, initial=step, unit="step", disable=disable, smoothing=0.05)
-
-    def _drop_after(self, step: int) -> None:
-        if not self._path.exists():
-            return
-        kept = []
-        for line in self._path.read_text().splitlines():
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
-            except (json.JSONDecodeError, KeyError):
-                logger.warning("dropped a broken line of %s", self._path.name)  # the kill cut it
-        partial = self._path.with_suffix(".partial")
-        partial.write_text("".join(kept))
-        os.replace(partial, self._path)
 
     def write(self, step: int, metrics: dict[str, float | None]) -> None:
         """One line; values that are None or not finite become null, as JSON has no NaN."""
         if not self._accelerator.is_main_process:
             return
         values = {k: v if v is not None and math.isfinite(v) else None for k, v in metrics.items()}
-        with self._path.open("a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+        append_jsonl(self._path, [{"step": step, **values}])
         self._accelerator.log({k: v for k, v in values.items() if v is not None}, step=step)
 
     def advance(self) -> None:

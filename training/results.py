@@ -1,6 +1,5 @@
 """What a finished run leaves for people: curves, the picture, the model card, and a few lines on the terminal."""
 
-import json
 import platform
 import shutil
 from importlib.metadata import version
@@ -11,6 +10,7 @@ import torch
 
 from ..hub.model_card import write_model_card
 from .curves import save_curves
+from .jsonl import read_jsonl
 
 LOSSES = ("reconstruction_loss", "mi_max_loss", "mi_min_loss", "approximation_loss", "objective")
 PROBES = ("knn_accuracy", "linear_accuracy")
@@ -35,7 +35,7 @@ def write_results(output_dir: Path, *, recipe: dict[str, Any], summary: dict[str
     Returns:
         The summary in words.
     """
-    lines = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+    lines = read_jsonl(output_dir / "metrics.jsonl")
     probes = [{name: line[name] for name in PROBES} for line in lines if PROBES[0] in line]
     summary = {
         **summary,
