@@ -1,13 +1,12 @@
 """Small pre-training runs for tests, in this process or in one of their own."""
 
+import contextlib
 import io
 import json
 import os
 import signal
 import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
 
 import datasets
@@ -15,6 +14,9 @@ import numpy as np
 from PIL import Image
 from safetensors.torch import load_file
 from sklearn.datasets import load_digits
+
+from mimae.run_mim_pretrain import main
+from mimae.training.trainer import Pretrainer
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "run_mim_pretrain.py"
@@ -52,8 +54,6 @@ def flags(output_dir, **values) -> list[str]:
 
 def pretrain(output_dir, *extra: str, **values) -> int:
     """Runs in this process and returns the exit code."""
-    from mimae.run_mim_pretrain import main
-
     return main([*flags(output_dir, **values), *extra])
 
 
@@ -70,18 +70,21 @@ def launch(argv: list[str], *, launcher: tuple[str, ...] = (), **environment: st
     )
 
 
-def signal_when(path: Path, signum: int = signal.SIGTERM, timeout_s: float = 60) -> threading.Thread:
-    """Sends this process a real signal as soon as `path` exists."""
+@contextlib.contextmanager
+def signal_after(step: int, signum: int = signal.SIGTERM):
+    """Within, a run in this process is sent a real signal right after this step."""
 
-    def watch():
-        end = time.monotonic() + timeout_s
-        while not path.exists() and time.monotonic() < end:
-            time.sleep(0.001)
-        os.kill(os.getpid(), signum)
+    def step_and_signal(trainer, batches):
+        original(trainer, batches)
+        if trainer.progress.step == step:
+            os.kill(os.getpid(), signum)
 
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    return thread
+    original = Pretrainer._step
+    Pretrainer._step = step_and_signal
+    try:
+        yield
+    finally:
+        Pretrainer._step = original
 
 
 def metrics(output_dir) -> list[dict]:
