@@ -1,7 +1,7 @@
 """The flags that say which data, and how it is read."""
 
 from dataclasses import dataclass, field
-from typing import get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from huggingface_hub.dataclasses import type_validator
 
@@ -67,12 +67,12 @@ class DataArguments:
         self._check_one_place()
         self._check_ranges()
 
-    def _check_one_place(self):
+    def _check_one_place(self) -> None:
         named = [name for name in PLACES if getattr(self, name)]
         if len(named) > 1:
             raise ValueError(f"{' and '.join(named)} name different data: give one of them")
 
-    def _check_ranges(self):
+    def _check_ranges(self) -> None:
         for name in ("max_bad_image_fraction", "min_crop_scale", "horizontal_flip"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie in 0..1, got {getattr(self, name)}")
@@ -83,7 +83,7 @@ class DataArguments:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
 
 
-def check_types(arguments):
+def check_types(arguments: Any) -> None:
     """Refuses, by name, a field of a dataclass whose value is not of the annotated type; turns `1` into a float.
 
     `huggingface_hub`'s `@strict` would do it, were it not for `HfArgumentParser`, which writes over `field.type`.

@@ -28,18 +28,18 @@ class ImageSource:
     reads_blocks: bool = False
     fingerprint: str
 
-    def __len__(self):
+    def __len__(self) -> int:
         return int(self.block_sizes.sum())
 
-    def read(self, index):
+    def read(self, index: int) -> tuple[bytes | np.ndarray, int | None]:
         """Returns the row as (encoded bytes or uint8 array (H, W) or (H, W, C), label or None)."""
         raise NotImplementedError
 
-    def describe(self, index):
+    def describe(self, index: int) -> str:
         """Returns "file:row", the sample's identity for people and logs."""
         raise NotImplementedError
 
-    def next_in_file(self, index):
+    def next_in_file(self, index: int) -> int:
         """Returns the index of the next row of the same file; the last row is followed by the first."""
         return (index + 1) % len(self)
 
@@ -53,7 +53,9 @@ class ArraySource(ImageSource):
         name: what `describe` calls the "file".
     """
 
-    def __init__(self, images, labels, *, name, label_names=None):
+    def __init__(
+        self, images: np.ndarray, labels: np.ndarray | None, *, name: str, label_names: list[str] | None = None
+    ):
         if len(images) == 0:
             raise ValueError(f"{name} holds no image")
         self.images, self.labels, self.name = images, labels, name
@@ -62,8 +64,8 @@ class ArraySource(ImageSource):
         self.label_names = label_names
         self.fingerprint = hashlib.sha256(f"{images.shape}".encode() + images.tobytes()).hexdigest()
 
-    def read(self, index):
+    def read(self, index: int) -> tuple[np.ndarray, int | None]:
         return self.images[index], int(self.labels[index]) if self.has_labels else None
 
-    def describe(self, index):
+    def describe(self, index: int) -> str:
         return f"{self.name}:{index}"

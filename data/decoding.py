@@ -37,12 +37,12 @@ READ_MODE = {1: ImageReadMode.GRAY, 3: ImageReadMode.RGB}
 class BadImageError(ValueError):
     """An image that cannot be decoded; `reason` says why."""
 
-    def __init__(self, reason):
+    def __init__(self, reason: str):
         super().__init__(reason)
         self.reason = reason
 
 
-def decode_image(encoded, num_channels):
+def decode_image(encoded: bytes | np.ndarray, num_channels: int) -> torch.Tensor:
     """Decodes one image.
 
     Args:
@@ -72,7 +72,7 @@ def decode_image(encoded, num_channels):
         raise BadImageError(f"{type(error).__name__}: {error}".splitlines()[0]) from error
 
 
-def _decode_file(encoded, num_channels):
+def _decode_file(encoded: bytes, num_channels: int) -> torch.Tensor:
     with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:  # reads the header only, refuses bombs
         if image.format == "JPEG" and image.mode in ("L", "RGB"):
             data = torch.frombuffer(bytearray(encoded), dtype=torch.uint8)
@@ -85,14 +85,14 @@ def _decode_file(encoded, num_channels):
         return _to_tensor(_on_white(_upright(pixels, image)), num_channels)
 
 
-def _sixteen_bit_png(encoded):
+def _sixteen_bit_png(encoded: bytes) -> Image.Image:
     """Decodes with torchvision: Pillow keeps only the high byte of 16-bit colour."""
     values = decode_png(torch.frombuffer(bytearray(encoded), dtype=torch.uint8), mode=ImageReadMode.UNCHANGED)
     values = _scale_to_eight_bits(values.permute(1, 2, 0).numpy())  # (H, W, 1..4)
     return Image.fromarray(values[..., 0] if values.shape[2] == 1 else values)
 
 
-def _eight_bit(image):
+def _eight_bit(image: Image.Image) -> Image.Image:
     if image.mode == "F":
         raise BadImageError("pixels are floating-point numbers, whose range is not defined")
     if image.mode == "I" or image.mode.startswith("I;16"):
@@ -103,11 +103,11 @@ def _eight_bit(image):
     return image
 
 
-def _scale_to_eight_bits(values):
+def _scale_to_eight_bits(values: np.ndarray) -> np.ndarray:
     return ((values.astype(np.int64) + 128) // 257).astype(np.uint8)  # = round(v / 257): 257 is odd, there is no tie
 
 
-def _upright(pixels, opened):
+def _upright(pixels: Image.Image, opened: Image.Image) -> Image.Image:
     """Turns `pixels` as the EXIF block of the opened file says."""
     try:
         pixels.info.update(exif=opened.getexif().tobytes())
@@ -116,19 +116,19 @@ def _upright(pixels, opened):
         return pixels
 
 
-def _on_white(image):
+def _on_white(image: Image.Image) -> Image.Image:
     if not image.has_transparency_data:
         return image
     image = image.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
-def _to_tensor(image, num_channels):
+def _to_tensor(image: Image.Image, num_channels: int) -> torch.Tensor:
     values = np.array(image.convert(PILLOW_MODE[num_channels]))
     return torch.from_numpy(np.atleast_3d(values)).permute(2, 0, 1)  # (H, W, C) -> (C, H, W)
 
 
-def _decode_array(values, num_channels):
+def _decode_array(values: np.ndarray, num_channels: int) -> torch.Tensor:
     if values.dtype != np.uint8 or values.ndim not in (2, 3):
         raise ValueError(f"an image array must be uint8 (H, W) or (H, W, C), got {values.dtype} {values.shape}")
     values = np.atleast_3d(values)  # (H, W, C)

@@ -2,11 +2,13 @@
 
 import hashlib
 import os
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from pathlib import PurePosixPath
+from typing import Any
 
 import numpy as np
-from datasets import ClassLabel, Image, Value, load_dataset_builder
+from datasets import ClassLabel, Dataset, DatasetBuilder, Features, Image, Value, load_dataset_builder
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from datasets.utils.file_utils import xopen
 from huggingface_hub import constants
@@ -28,7 +30,15 @@ class DatasetSource(ImageSource):
         image_column, label_column: names; label_column may be None.
     """
 
-    def __init__(self, dataset, *, name, image_column, label_column, label_names):
+    def __init__(
+        self,
+        dataset: Dataset,
+        *,
+        name: str,
+        image_column: str,
+        label_column: str | None,
+        label_names: list[str] | None,
+    ):
         columns = [image_column] if label_column is None else [image_column, label_column]
         self.dataset = dataset.select_columns(columns).cast_column(image_column, Image(decode=False))
         self.name, self.image_column, self.label_column = name, image_column, label_column
@@ -36,15 +46,15 @@ class DatasetSource(ImageSource):
         self.block_sizes = np.array([len(dataset)], dtype=np.int64)
         self.fingerprint = self._fingerprint()
 
-    def read(self, index):
+    def read(self, index: int) -> tuple[bytes, int | None]:
         row = self.dataset[int(index)]
         return _file_bytes(row[self.image_column]), row[self.label_column] if self.has_labels else None
 
-    def describe(self, index):
+    def describe(self, index: int) -> str:
         path = self.dataset[int(index)][self.image_column]["path"]
         return f"{self.name}:{index}" + (f" ({path})" if path else "")
 
-    def _fingerprint(self):
+    def _fingerprint(self) -> str:
         """Columns, length and a few whole rows; hashing every image would read the whole set at each start."""
         digest = hashlib.sha256(repr([len(self), self.image_column, self.label_column]).encode())
         for index in np.linspace(0, len(self) - 1, num=min(FINGERPRINTED_ROWS, len(self)), dtype=np.int64):
@@ -53,7 +63,18 @@ class DatasetSource(ImageSource):
         return digest.hexdigest()
 
 
-def open_dataset(path, *, split, name, config_name, data_dir, data_files, streaming, columns, cache_dir):
+def open_dataset(
+    path: str,
+    *,
+    split: str,
+    name: str,
+    config_name: str | None,
+    data_dir: str | None,
+    data_files: dict[str, list[str]] | None,
+    streaming: bool,
+    columns: tuple[str | None, str | None],
+    cache_dir: str | os.PathLike | None,
+) -> ImageSource:
     """Opens what 🤗 Datasets' `load_dataset(path, ...)` would, as an `ImageSource`.
 
     Args:
@@ -87,7 +108,14 @@ def open_dataset(path, *, split, name, config_name, data_dir, data_files, stream
     )
 
 
-def _open_shards(builder, split, *, name, columns, cache_dir):
+def _open_shards(
+    builder: DatasetBuilder,
+    split: str,
+    *,
+    name: str,
+    columns: tuple[str | None, str | None],
+    cache_dir: str | os.PathLike | None,
+) -> ParquetSource | TarSource:
     resolved = builder.config.data_files[split]
     files = [str(file) for file in resolved]
     # Without a modification time or an ETag nobody could tell a stale listing from a good one.
@@ -121,7 +149,9 @@ def _open_shards(builder, split, *, name, columns, cache_dir):
     )
 
 
-def find_columns(features, image_column, label_column, *, name):
+def find_columns(
+    features: Features, image_column: str | None, label_column: str | None, *, name: str
+) -> tuple[str, str | None]:
     """Returns the names of the image and the label column (None without labels), by name or by type.
 
     Raises:
@@ -143,7 +173,9 @@ def find_columns(features, image_column, label_column, *, name):
     return image, label
 
 
-def find_tar_fields(fields, image_column, label_column, *, name):
+def find_tar_fields(
+    fields: list[str], image_column: str | None, label_column: str | None, *, name: str
+) -> tuple[tuple[str, ...], str | None]:
     """Returns the extensions that may hold the image and the one that holds the label (None without labels)."""
     images = (image_column,) if image_column else IMAGE_EXTENSIONS
     label = label_column or _present(fields, "cls")
@@ -155,7 +187,7 @@ def find_tar_fields(fields, image_column, label_column, *, name):
 
 
 @contextmanager
-def explained_access(name):
+def explained_access(name: str) -> Iterator[None]:
     """Turns what the libraries raise on 401, 403 and 404, and on broken files, into a message that says what to do."""
     try:
         yield
@@ -173,7 +205,7 @@ def explained_access(name):
         ) from error
 
 
-def _is_refusal(error):
+def _is_refusal(error: BaseException | None) -> bool:
     """Whether the Hub's 401, 403 or 404 stands anywhere in the chain of causes; the libraries wrap it variously."""
     while error is not None:
         status = getattr(getattr(error, "response", None), "status_code", None)
@@ -183,19 +215,19 @@ def _is_refusal(error):
     return False
 
 
-def _first(features, kind):
+def _first(features: Features, kind: type) -> str | None:
     return next((column for column, feature in features.items() if isinstance(feature, kind)), None)
 
 
-def _present(names, name):
+def _present(names: Container[str], name: str) -> str | None:
     return name if name in names else None
 
 
-def _holds_integers(feature):
+def _holds_integers(feature: object) -> bool:
     return isinstance(feature, ClassLabel) or (isinstance(feature, Value) and "int" in feature.dtype)
 
 
-def _file_bytes(cell):
+def _file_bytes(cell: dict[str, Any] | None) -> bytes:
     if cell is None:
         return b""
     if cell["bytes"] is None and cell["path"]:

@@ -5,6 +5,7 @@ the elements. Shapes: n images of (H, W).
 """
 
 import gzip
+import os
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +16,11 @@ IMAGE_FILES = "*-images-idx3-ubyte*"
 FILE_PREFIX = {"train": "train", "test": "t10k"}
 
 
-def is_idx_folder(folder):
+def is_idx_folder(folder: str | os.PathLike) -> bool:
     return any(Path(folder).glob(IMAGE_FILES))
 
 
-def open_idx_folder(folder, split):
+def open_idx_folder(folder: str | os.PathLike, split: str) -> ArraySource:
     """Opens one split of an IDX folder.
 
     Raises:
@@ -36,7 +37,7 @@ def open_idx_folder(folder, split):
     return ArraySource(images, labels, name=f"{folder}/{FILE_PREFIX[split]}-images-idx3-ubyte")
 
 
-def read_idx(path, *, ndim):
+def read_idx(path: Path, *, ndim: int) -> np.ndarray:
     """Reads one file of unsigned bytes, gzipped or plain, as a uint8 array of `ndim` dimensions."""
     opened = gzip.open if path.suffix == ".gz" else open
     try:
@@ -56,7 +57,7 @@ def read_idx(path, *, ndim):
     return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
 
 
-def _find(folder, name):
+def _find(folder: str | os.PathLike, name: str) -> Path:
     for path in (Path(folder, name), Path(folder, name + ".gz")):
         if path.is_file():
             return path

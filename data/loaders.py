@@ -10,14 +10,19 @@ the state there is.
 
 import logging
 import signal
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from .base import ImageSource
 from .decoding import BadImageError, decode_image
 from .order import SampleOrder, augmentation_seed, sample_noise
+
+if TYPE_CHECKING:  # it imports 🤗 Datasets, which data in memory does without
+    from .sharded import ShardedSource
 
 logger = logging.getLogger(__name__)
 
@@ -38,24 +43,33 @@ class BatchPlan:
         stride: this many processes' workers take batches in turn; a worker sees every `stride`-th one.
     """
 
-    def __init__(self, order, *, per_device_batch_size, global_batch_size, process_index, samples_used, stride):
+    def __init__(
+        self,
+        order: SampleOrder,
+        *,
+        per_device_batch_size: int,
+        global_batch_size: int,
+        process_index: int,
+        samples_used: int,
+        stride: int,
+    ):
         self.order, self.samples_used, self.stride = order, samples_used, stride
         self.batch_size, self.global_batch_size = per_device_batch_size, global_batch_size
         self.first_row = process_index * per_device_batch_size
 
-    def requests(self, epoch, position):
+    def requests(self, epoch: int, position: int) -> Iterator[BatchRequest]:
         """Yields the global batches from there on, without end."""
         while True:
             for start in range(position, self.samples_used, self.global_batch_size):
                 yield BatchRequest(epoch, start)
             epoch, position = epoch + 1, 0
 
-    def rows(self, request):
+    def rows(self, request: BatchRequest) -> np.ndarray:
         """Returns the sample indices that this process takes of a batch: int64 (B,)."""
         start = request.position + self.first_row
         return self.order.slice(request.epoch, start, start + self.batch_size)
 
-    def upcoming(self, request):
+    def upcoming(self, request: BatchRequest) -> np.ndarray:
         """Returns the rows of this batch and of the worker's next ones, to the end of the window it reaches into."""
         last = request.position + self.first_row + self.batch_size - 1
         end = min(self.order.window_end(request.epoch, last), self.samples_used)
@@ -70,17 +84,18 @@ class BlockReader:
     2 x max(shuffle_window, largest block) encoded images, and in each worker the one block that was read last.
     """
 
-    def __init__(self, source, plan):
-        self.source, self.plan, self.kept = source, plan, {}
+    def __init__(self, source: "ShardedSource", plan: BatchPlan):
+        self.source, self.plan = source, plan
+        self.kept: dict[int, tuple[bytes, int | None]] = {}
 
-    def __call__(self, request):
+    def __call__(self, request: BatchRequest) -> list[tuple[bytes, int | None]]:
         indices = self.plan.rows(request)
         missing = [index for index in indices.tolist() if index not in self.kept]
         if missing:
             self._read_blocks(self.source.block_of(np.array(missing)), self.plan.upcoming(request))
         return [self.kept.pop(index) for index in indices.tolist()]
 
-    def _read_blocks(self, blocks, upcoming):
+    def _read_blocks(self, blocks: np.ndarray, upcoming: np.ndarray) -> None:
         blocks_of_upcoming = self.source.block_of(upcoming)
         for block in np.unique(blocks).tolist():
             rows = np.sort(upcoming[blocks_of_upcoming == block])
@@ -90,18 +105,27 @@ class BlockReader:
 class PretrainingSamples(Dataset):
     """The DataLoader's view of a source: indexed by `BatchRequest`, it gives the samples of this process's part."""
 
-    def __init__(self, source, plan, *, transform, num_channels, noise_shape, seed):
+    def __init__(
+        self,
+        source: ImageSource,
+        plan: BatchPlan,
+        *,
+        transform: torch.nn.Module,
+        num_channels: int,
+        noise_shape: tuple[int, ...],
+        seed: int,
+    ):
         self.source, self.plan, self.transform = source, plan, transform
         self.num_channels, self.noise_shape, self.seed = num_channels, noise_shape, seed
         self.read_blocks = BlockReader(source, plan) if source.reads_blocks else None
 
-    def __getitems__(self, request):
+    def __getitems__(self, request: BatchRequest) -> list[dict[str, Any]]:
         indices = self.plan.rows(request).tolist()
         rows = self.read_blocks(request) if self.read_blocks else map(self.source.read, indices)
         with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay where they were
             return [self._sample(request.epoch, index, row[0]) for index, row in zip(indices, rows, strict=True)]
 
-    def _sample(self, epoch, index, encoded):
+    def _sample(self, epoch: int, index: int, encoded: bytes | np.ndarray) -> dict[str, Any]:
         image, bad_image = self._decode(epoch, index, encoded)
         # Not torch.manual_seed, which would also reseed the GPUs of a caller that loads in its own process.
         torch.default_generator.manual_seed(augmentation_seed(self.seed, epoch, index))
@@ -113,7 +137,9 @@ class PretrainingSamples(Dataset):
             "bad_image": bad_image,
         }
 
-    def _decode(self, epoch, index, encoded):
+    def _decode(
+        self, epoch: int, index: int, encoded: bytes | np.ndarray
+    ) -> tuple[torch.Tensor, dict[str, Any] | None]:
         """Returns the pixels and None, or those of the next good row of the file and what was wrong with this one."""
         try:
             return decode_image(encoded, self.num_channels), None
@@ -167,20 +193,20 @@ class PretrainingLoader:
 
     def __init__(
         self,
-        source,
+        source: ImageSource,
         *,
-        transform,
-        num_channels,
-        noise_shape,
-        per_device_batch_size,
-        images_per_step=None,
-        num_processes=1,
-        process_index=0,
-        seed=0,
-        num_workers=0,
-        shuffle_window=8192,
-        samples_per_epoch=None,
-        pin_memory=False,
+        transform: torch.nn.Module,
+        num_channels: int,
+        noise_shape: tuple[int, ...],
+        per_device_batch_size: int,
+        images_per_step: int | None = None,
+        num_processes: int = 1,
+        process_index: int = 0,
+        seed: int = 0,
+        num_workers: int = 0,
+        shuffle_window: int = 8192,
+        samples_per_epoch: int | None = None,
+        pin_memory: bool = False,
     ):
         self.source, self.process_index, self.seed = source, process_index, seed
         self.per_device_batch_size, self.num_workers, self.pin_memory = per_device_batch_size, num_workers, pin_memory
@@ -192,7 +218,7 @@ class PretrainingLoader:
         self.samples_used = self.num_samples // self.images_per_step * self.images_per_step
         self.order = SampleOrder(source.block_sizes, seed, shuffle_window)
 
-    def _check_numbers(self):
+    def _check_numbers(self) -> None:
         if self.num_samples > len(self.source):
             raise ValueError(
                 f"samples_per_epoch is {self.num_samples}, but the data set has {len(self.source)} images"
@@ -208,7 +234,7 @@ class PretrainingLoader:
                 "lower per_device_train_batch_size or gradient_accumulation_steps"
             )
 
-    def batches(self, epoch=0, position=0):
+    def batches(self, epoch: int = 0, position: int = 0) -> Iterator[dict[str, Any]]:
         """Yields batches from there on, going on into the next epochs without end.
 
         Args:
@@ -250,13 +276,13 @@ class PretrainingLoader:
         )
 
 
-def leave_stop_signals_to_the_caller(worker):
+def leave_stop_signals_to_the_caller(worker: int) -> None:
     """A signal to the process group must not take the workers from a run that wants to save and end in good order."""
     for signum in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(signum, signal.SIG_IGN)
 
 
-def collate(samples):
+def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
     """Stacks the samples of a process's batch."""
     return {
         "pixel_values": torch.stack([sample["pixel_values"] for sample in samples]),  # (B, C, h, w)
@@ -270,10 +296,10 @@ def collate(samples):
 class EvaluationSamples(Dataset):
     """Indexed by lists of sample indices; what cannot be decoded is named instead."""
 
-    def __init__(self, source, *, transform, num_channels):
+    def __init__(self, source: ImageSource, *, transform: torch.nn.Module, num_channels: int):
         self.source, self.transform, self.num_channels = source, transform, num_channels
 
-    def __getitems__(self, indices):
+    def __getitems__(self, indices: list[int]) -> tuple[list[torch.Tensor], list[int], list[str]]:
         images, labels, bad_images = [], [], []
         for index in indices:
             encoded, label = self.source.read(index)
@@ -285,7 +311,15 @@ class EvaluationSamples(Dataset):
         return images, labels, bad_images
 
 
-def evaluation_batches(source, *, indices=None, transform, num_channels, batch_size, num_workers=0):
+def evaluation_batches(
+    source: ImageSource,
+    *,
+    indices: Sequence[int] | np.ndarray | None = None,
+    transform: torch.nn.Module,
+    num_channels: int,
+    batch_size: int,
+    num_workers: int = 0,
+) -> Iterator[dict[str, torch.Tensor]]:
     """Yields the images in order, once; those that cannot be decoded are left out and counted in a warning.
 
     Args:

@@ -12,6 +12,8 @@ Only raw Philox words are used: numpy promises that these never change from vers
 promise of `Generator.permutation`. So an order, once drawn, can be drawn again years later.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 
 AUGMENTATION, NOISE = 1, 2
@@ -33,7 +35,7 @@ class SampleOrder:
         window: rows that are shuffled together.
     """
 
-    def __init__(self, block_sizes, seed, window):
+    def __init__(self, block_sizes: Sequence[int] | np.ndarray, seed: int, window: int):
         if seed < 0:
             raise ValueError(f"seed must not be negative, got {seed}")
         if window < 1:
@@ -41,13 +43,14 @@ class SampleOrder:
         self.block_sizes = np.asarray(block_sizes, dtype=np.int64)
         self.block_starts = np.cumsum(self.block_sizes) - self.block_sizes
         self.seed, self.window = seed, window
-        self._epoch = None  # the one epoch whose layout is held: (epoch, blocks, block ends, window ends)
-        self._windows = {}  # (epoch, k) -> rows, of the two windows used last
+        # the one epoch whose layout is held: (epoch, blocks, block ends, window ends)
+        self._epoch: tuple[int, np.ndarray, np.ndarray, np.ndarray] | None = None
+        self._windows: dict[tuple[int, int], np.ndarray] = {}  # (epoch, k) -> rows, of the two windows used last
 
-    def __len__(self):
+    def __len__(self) -> int:
         return int(self.block_sizes.sum())
 
-    def slice(self, epoch, start, stop):
+    def slice(self, epoch: int, start: int, stop: int) -> np.ndarray:
         """Returns the sample indices at positions start..stop of the epoch: int64 (stop - start,).
 
         Costs O(stop - start) within a window that was used just before, else one sort of a window; a new epoch
@@ -64,26 +67,26 @@ class SampleOrder:
             start = end
         return np.concatenate(pieces)
 
-    def window_end(self, epoch, position):
+    def window_end(self, epoch: int, position: int) -> int:
         """Returns the position just after the window that holds `position`."""
         window_ends = self._layout(epoch)[2]
         return int(window_ends[np.searchsorted(window_ends, position, side="right")])
 
-    def _layout(self, epoch):
+    def _layout(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         if self._epoch is None or self._epoch[0] != epoch:
             blocks = _permutation(len(self.block_sizes), self.seed, epoch, 0)
             block_ends = np.cumsum(self.block_sizes[blocks])
             self._epoch = (epoch, blocks, block_ends, _window_ends(block_ends, self.window))
         return self._epoch[1:]
 
-    def _window_rows(self, epoch, k):
+    def _window_rows(self, epoch: int, k: int) -> np.ndarray:
         if (epoch, k) not in self._windows:
             if len(self._windows) == 2:
                 del self._windows[next(iter(self._windows))]
             self._windows[epoch, k] = self._draw_window(epoch, k)
         return self._windows[epoch, k]
 
-    def _draw_window(self, epoch, k):
+    def _draw_window(self, epoch: int, k: int) -> np.ndarray:
         blocks, block_ends, window_ends = self._layout(epoch)
         first, last = np.searchsorted(block_ends, [window_ends[k - 1] if k else 0, window_ends[k]], side="right")
         sizes, starts = self.block_sizes[blocks[first:last]], self.block_starts[blocks[first:last]]
@@ -92,12 +95,12 @@ class SampleOrder:
         return rows[_permutation(len(rows), self.seed, epoch, k + 1)]
 
 
-def augmentation_seed(seed, epoch, index):
+def augmentation_seed(seed: int, epoch: int, index: int) -> int:
     """Returns the 63-bit seed of the random crop and flip of one sample."""
     return int(_raw(seed, epoch, index, AUGMENTATION, 1)[0] >> np.uint64(1))
 
 
-def sample_noise(seed, epoch, index, shape):
+def sample_noise(seed: int, epoch: int, index: int, shape: tuple[int, ...]) -> np.ndarray:
     """Returns the noise that one sample's masks are cut from: float32 `shape`, uniform in [0, 1).
 
     24 random bits each, so every value is exact in float32.
@@ -106,15 +109,15 @@ def sample_noise(seed, epoch, index, shape):
     return (bits.astype(np.float32) * np.float32(2**-24)).reshape(shape)
 
 
-def _raw(seed, epoch, index, use, count):
+def _raw(seed: int, epoch: int, index: int, use: int, count: int) -> np.ndarray:
     return np.random.Philox(key=[seed, epoch], counter=[0, index, 0, use]).random_raw(count)
 
 
-def _permutation(n, seed, epoch, stream):
+def _permutation(n: int, seed: int, epoch: int, stream: int) -> np.ndarray:
     return np.argsort(_raw(seed, epoch, stream, 0, n), kind="stable")
 
 
-def _window_ends(block_ends, window):
+def _window_ends(block_ends: np.ndarray, window: int) -> np.ndarray:
     """Cuts the epoch greedily: a window takes blocks while they fit, and always at least one."""
     ends, start, total = [], 0, int(block_ends[-1])
     while start < total:

@@ -9,15 +9,17 @@ import io
 import os
 import re
 import tarfile
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow.parquet as pq
 from datasets import Features, config
 from datasets.utils.file_utils import xopen
 from datasets.utils.logging import get_logger
-from pyarrow import ArrowInvalid
+from pyarrow import ArrowInvalid, ChunkedArray
 
 from .base import ImageSource
 
@@ -40,28 +42,35 @@ class ShardedSource(ImageSource):
 
     reads_blocks = True
 
-    def __init__(self, files, blocks_per_file, *, label_names):
+    def __init__(
+        self,
+        files: Sequence[str],
+        blocks_per_file: Sequence[Sequence[int] | np.ndarray],
+        *,
+        label_names: list[str] | None,
+    ):
         self.files, self.label_names = list(files), label_names
         self.block_sizes = np.concatenate([np.asarray(sizes, dtype=np.int64) for sizes in blocks_per_file])
         self.block_ends = np.cumsum(self.block_sizes)
         self.block_files = np.repeat(np.arange(len(files)), [len(sizes) for sizes in blocks_per_file])
         self.file_starts = np.cumsum([0, *(int(np.sum(sizes)) for sizes in blocks_per_file)])
-        self._opened, self._process = {}, os.getpid()
+        self._opened: dict[str, Any] = {}
+        self._process = os.getpid()
         if len(self) == 0:
             raise ValueError(f"the files hold no image: {_some(files)}")
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_opened": {}}
 
-    def read_block(self, block, rows):
+    def read_block(self, block: int, rows: np.ndarray) -> list[tuple[bytes, int | None]]:
         """Reads the given rows (global indices, ascending) of a block: a list of what `read` returns."""
         raise NotImplementedError
 
-    def open_file(self, path):
+    def open_file(self, path: str) -> Any:
         """Opens a shard for `opened`."""
         return xopen(path, "rb")
 
-    def opened(self, path):
+    def opened(self, path: str) -> Any:
         """Returns an open shard; each process has its own few, for a forked one may not share file positions."""
         if self._process != os.getpid():
             self._opened, self._process = {}, os.getpid()
@@ -71,22 +80,22 @@ class ShardedSource(ImageSource):
             self._opened[path] = self.open_file(path)
         return self._opened[path]
 
-    def read(self, index):
+    def read(self, index: int) -> tuple[bytes, int | None]:
         return self.read_block(int(self.block_of(index)), np.array([index]))[0]
 
-    def block_of(self, indices):
+    def block_of(self, indices: int | np.ndarray) -> np.int64 | np.ndarray:
         """Returns the block that holds each index: int64, the shape of `indices`."""
         return np.searchsorted(self.block_ends, indices, side="right")
 
-    def describe(self, index):
+    def describe(self, index: int) -> str:
         number = self._file_of(index)
         return f"{self.files[number]}:{index - self.file_starts[number]}"
 
-    def next_in_file(self, index):
+    def next_in_file(self, index: int) -> int:
         number = self._file_of(index)
         return int(index + 1 if index + 1 < self.file_starts[number + 1] else self.file_starts[number])
 
-    def _file_of(self, index):
+    def _file_of(self, index: int) -> int:
         return int(np.searchsorted(self.file_starts, index, side="right")) - 1
 
 
@@ -100,7 +109,16 @@ class ParquetSource(ShardedSource):
         image_column, label_column: names; label_column may be None.
     """
 
-    def __init__(self, files, identities, *, image_column, label_column, label_names, cache_dir):
+    def __init__(
+        self,
+        files: Sequence[str],
+        identities: Sequence[tuple[str, ...]] | None,
+        *,
+        image_column: str,
+        label_column: str | None,
+        label_names: list[str] | None,
+        cache_dir: str | os.PathLike | None,
+    ):
         listing = _cached_listing("parquet", files, identities, cache_dir, _list_row_groups)
         super().__init__(files, [rows for rows, _ in listing], label_names=label_names)
         self.columns = [image_column] if label_column is None else [image_column, label_column]
@@ -108,22 +126,22 @@ class ParquetSource(ShardedSource):
         self.fingerprint = _fingerprint(files, listing, self.columns)
         block_numbers = [np.arange(len(rows)) for rows, _ in listing]
         self.row_groups = np.concatenate(block_numbers)  # number of each block within its file
-        self._last = (None, None)
+        self._last: tuple[int, list[ChunkedArray]] | tuple[None, None] = (None, None)
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_last": (None, None)}
 
-    def open_file(self, path):
+    def open_file(self, path: str) -> pq.ParquetFile:
         return _open_parquet(super().open_file(path), path)
 
-    def read_block(self, block, rows):
+    def read_block(self, block: int, rows: np.ndarray) -> list[tuple[bytes, int | None]]:
         columns = self.read_row_group(block)
         first = self.block_ends[block] - self.block_sizes[block]
         images = [_encoded(columns[0][int(row - first)].as_py()) for row in rows]
         labels = [columns[1][int(row - first)].as_py() for row in rows] if self.has_labels else [None] * len(rows)
         return list(zip(images, labels, strict=True))
 
-    def read_row_group(self, block):
+    def read_row_group(self, block: int) -> list[ChunkedArray]:
         """Returns the columns of one row group, from memory if it is the one read last."""
         if self._last[0] != block:
             file = self.opened(self.files[self.block_files[block]])
@@ -142,8 +160,17 @@ class TarSource(ShardedSource):
         label_field: extension that holds an integer, or None.
     """
 
-    def __init__(self, files, identities, *, image_fields, label_field, label_names, cache_dir):
-        def list_samples(path):
+    def __init__(
+        self,
+        files: Sequence[str],
+        identities: Sequence[tuple[str, ...]] | None,
+        *,
+        image_fields: tuple[str, ...],
+        label_field: str | None,
+        label_names: list[str] | None,
+        cache_dir: str | os.PathLike | None,
+    ):
+        def list_samples(path: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
             return _list_samples(path, image_fields, label_field)
 
         kind = f"tar {image_fields} {label_field}"
@@ -154,22 +181,22 @@ class TarSource(ShardedSource):
         self.has_labels = label_field is not None
         self.fingerprint = _fingerprint(files, listing, [])
 
-    def read_block(self, block, rows):
+    def read_block(self, block: int, rows: np.ndarray) -> list[tuple[bytes, int | None]]:
         file = self.opened(self.files[self.block_files[block]])
         return [(self._read_member(file, row), int(self.labels[row]) if self.has_labels else None) for row in rows]
 
-    def _read_member(self, file, row):
+    def _read_member(self, file: BinaryIO, row: int) -> bytes:
         file.seek(int(self.offsets[row]))
         return file.read(int(self.lengths[row]))
 
 
-def parquet_features(path):
+def parquet_features(path: str) -> Features:
     """Returns the `datasets.Features` of a parquet file, from its schema."""
     with xopen(path, "rb") as file:
         return Features.from_arrow_schema(_open_parquet(file, path).schema_arrow)
 
 
-def tar_fields(path):
+def tar_fields(path: str) -> list[str]:
     """Returns the member extensions of an archive's first sample."""
     fields, first = [], None
     for key, field, _, _ in _members(path):
@@ -180,7 +207,7 @@ def tar_fields(path):
     return fields
 
 
-def _members(path, read_field=None):
+def _members(path: str, read_field: str | None = None) -> Iterator[tuple[str, str, tarfile.TarInfo, bytes | None]]:
     """Yields (sample key, field, member, content or None) of each file in an uncompressed archive."""
     try:
         with xopen(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
@@ -196,7 +223,9 @@ def _members(path, read_field=None):
         ) from error
 
 
-def _list_samples(path, image_fields, label_field):
+def _list_samples(
+    path: str, image_fields: tuple[str, ...], label_field: str | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Returns offsets, lengths (bytes) and labels of an archive's samples: three int64 arrays."""
     samples = {}
     for key, field, member, content in _members(path, read_field=label_field):
@@ -212,14 +241,14 @@ def _list_samples(path, image_fields, label_field):
     return tuple(columns.reshape(-1, 3).T)
 
 
-def _integer(content, path, name):
+def _integer(content: bytes, path: str, name: str) -> int:
     try:
         return int(content)
     except ValueError as error:
         raise ValueError(f"member {name} of {path} is no label: it must hold one integer") from error
 
 
-def _list_row_groups(path):
+def _list_row_groups(path: str) -> tuple[np.ndarray, np.ndarray]:
     """Returns rows and uncompressed bytes of a parquet file's row groups: two int64 arrays."""
     with xopen(path, "rb") as file:
         footer = _open_parquet(file, path).metadata
@@ -228,14 +257,20 @@ def _list_row_groups(path):
     return rows, np.array([group.total_byte_size for group in groups], dtype=np.int64)
 
 
-def _open_parquet(file, path):
+def _open_parquet(file: BinaryIO, path: str) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(file, pre_buffer=True)
     except ArrowInvalid as error:
         raise ValueError(f"{path} is no parquet file or a damaged one, fetch it again: {error}") from error
 
 
-def _cached_listing(kind, files, identities, cache_dir, list_file):
+def _cached_listing(
+    kind: str,
+    files: Sequence[str],
+    identities: Sequence[tuple[str, ...]] | None,
+    cache_dir: str | os.PathLike | None,
+    list_file: Callable[[str], tuple[np.ndarray, ...]],
+) -> list[tuple[np.ndarray, ...]]:
     """Lists every file in parallel, or takes the listing of the same, unchanged files from disk.
 
     Returns:
@@ -252,13 +287,15 @@ def _cached_listing(kind, files, identities, cache_dir, list_file):
         return [tuple(stored[f"{n}.{part}"] for part in range(width)) for n in range(len(files))]
 
 
-def _list_all(files, list_file):
+def _list_all(
+    files: Sequence[str], list_file: Callable[[str], tuple[np.ndarray, ...]]
+) -> list[tuple[np.ndarray, ...]]:
     logger.info(f"Listing the contents of {len(files)} file(s), once: {_some(files)}")
     with ThreadPoolExecutor(LISTING_THREADS) as threads:
         return list(threads.map(list_file, files))
 
 
-def _write_atomically(path, listing):
+def _write_atomically(path: Path, listing: list[tuple[np.ndarray, ...]]) -> None:
     content = io.BytesIO()
     np.savez(
         content, **{f"{n}.{part}": array for n, arrays in enumerate(listing) for part, array in enumerate(arrays)}
@@ -269,7 +306,7 @@ def _write_atomically(path, listing):
     unfinished.replace(path)
 
 
-def _fingerprint(files, listing, columns):
+def _fingerprint(files: Sequence[str], listing: list[tuple[np.ndarray, ...]], columns: list[str]) -> str:
     """Names and contents as listed, without folders: the same shards elsewhere are the same data."""
     digest = hashlib.sha256(repr(columns).encode())
     for file, arrays in zip(files, listing, strict=True):
@@ -277,14 +314,14 @@ def _fingerprint(files, listing, columns):
     return digest.hexdigest()
 
 
-def _cut(total, size):
+def _cut(total: int, size: int) -> list[int]:
     return [min(size, total - start) for start in range(0, total, size)]
 
 
-def _encoded(value):
+def _encoded(value: dict[str, Any] | bytes | None) -> bytes:
     """Takes the bytes out of an image cell; a cell without bytes is an empty file, which no decoder accepts."""
     return (value.get("bytes") if isinstance(value, dict) else value) or b""
 
 
-def _some(files):
+def _some(files: Sequence[str]) -> str:
     return ", ".join(files[:3]) + (", ..." if len(files) > 3 else "")

@@ -1,7 +1,10 @@
 """The one door to the data: `open_image_source` turns the user's words into an `ImageSource`."""
 
+import os
+from collections.abc import Sequence
 from glob import glob, has_magic
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 
@@ -17,16 +20,16 @@ BUILDER_BY_SUFFIX = {".parquet": "parquet", ".tar": "webdataset"}
 
 def open_image_source(
     *,
-    split="train",
-    dataset_name=None,
-    dataset_config_name=None,
-    train_dir=None,
-    data_files=None,
-    streaming=False,
-    image_column_name=None,
-    label_column_name=None,
-    cache_dir=None,
-):
+    split: str = "train",
+    dataset_name: str | None = None,
+    dataset_config_name: str | None = None,
+    train_dir: str | os.PathLike | None = None,
+    data_files: str | Sequence[str] | None = None,
+    streaming: bool = False,
+    image_column_name: str | None = None,
+    label_column_name: str | None = None,
+    cache_dir: str | os.PathLike | None = None,
+) -> ImageSource:
     """Opens a split of a data set; images stay encoded until a loader decodes them.
 
     With neither `dataset_name`, `train_dir` nor `data_files`, it is the embedded data set "digits".
@@ -72,7 +75,7 @@ def open_image_source(
     return open_dataset(**(defaults | place), split=split, columns=columns, cache_dir=cache_dir)
 
 
-def open_digits(split):
+def open_digits(split: str) -> ArraySource:
     """Scikit-learn's 1,797 handwritten digits, 8 x 8 pixels, cut 80/20 with every class in proportion.
 
     The cut is fixed, so that "test" is the same everywhere; grey values 0..16 are spread over 0..255.
@@ -92,7 +95,7 @@ def open_digits(split):
     return ArraySource(images[rows], digits.target[rows], name=f"{DIGITS}[{split}]", label_names=names)
 
 
-def _shards(data_files, split):
+def _shards(data_files: str | Sequence[str], split: str) -> dict[str, Any]:
     """Expands patterns in order and tells the builder by the suffix."""
     given = [data_files] if isinstance(data_files, str) else list(data_files)
     files = []

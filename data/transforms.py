@@ -3,12 +3,19 @@
 Shapes: B images, C channels, h, w the model's image size.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as F
 
 
-def pretraining_transform(image_size, min_scale=0.2, max_scale=1.0, horizontal_flip=0.5):
+def pretraining_transform(
+    image_size: int | Sequence[int],
+    min_scale: float = 0.2,
+    max_scale: float = 1.0,
+    horizontal_flip: float = 0.5,
+) -> torch.nn.Module:
     """The augmentation of MAE (He et al. 2022, appendix A.1): a random crop, resized, and a flip.
 
     Args:
@@ -28,7 +35,7 @@ def pretraining_transform(image_size, min_scale=0.2, max_scale=1.0, horizontal_f
     return v2.Compose([crop, v2.RandomHorizontalFlip(horizontal_flip)])
 
 
-def evaluation_transform(image_size, crop_ratio=0.875):
+def evaluation_transform(image_size: int | Sequence[int], crop_ratio: float = 0.875) -> torch.nn.Module:
     """Resizes until the image covers image_size / crop_ratio and cuts the centre out (224 px: resize to 256).
 
     Args:
@@ -52,11 +59,11 @@ class ResizeToCover(torch.nn.Module):
     For a square this is torchvision's `Resize(side)`, which knows no other shape.
     """
 
-    def __init__(self, height, width):
+    def __init__(self, height: int, width: int):
         super().__init__()
         self.height, self.width = height, width
 
-    def forward(self, image):
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
         height, width = image.shape[-2:]
         if self.width * height >= self.height * width:  # the width decides
             size = (height * self.width // width, self.width)
@@ -67,7 +74,9 @@ class ResizeToCover(torch.nn.Module):
         )  # (C, H, W) -> (C, *size)
 
 
-def normalize(pixel_values, mean, std):
+def normalize(
+    pixel_values: torch.Tensor, mean: Sequence[float] | torch.Tensor, std: Sequence[float] | torch.Tensor
+) -> torch.Tensor:
     """Returns (pixel_values / 255 - mean) / std as float32, on the device where pixel_values lies.
 
     Args:
@@ -95,13 +104,13 @@ class Normalization:
         device: of the images.
     """
 
-    def __init__(self, mean, std, device):
+    def __init__(self, mean: Sequence[float], std: Sequence[float], device: torch.device | str):
         self.mean, self.std = list(mean), list(std)
         self._mean, self._std = (torch.tensor(values, device=device) for values in (mean, std))
 
-    def __call__(self, pixel_values):
+    def __call__(self, pixel_values: torch.Tensor) -> torch.Tensor:
         return normalize(pixel_values, self._mean, self._std)
 
 
-def _height_width(image_size):
+def _height_width(image_size: int | Sequence[int]) -> tuple[int, int]:
     return (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
