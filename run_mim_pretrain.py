@@ -14,13 +14,14 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import broadcast_object_list, set_seed
+from accelerate.utils import ProjectConfiguration, broadcast_object_list, set_seed
 from torchvision.transforms import InterpolationMode
 from transformers import PreTrainedConfig, ViTImageProcessor, ViTMAEConfig
 from transformers.utils import logging as transformers_logging
@@ -44,10 +45,13 @@ logger = logging.getLogger("mimae")
 RECIPES = Path(__file__).parent / "recipes"
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 NUM_PICTURES = 8
-# where these differ, a checkpoint's weights have other shapes than the recipe's model
+# where these differ, a checkpoint's weights do not fit the recipe's model
+WARM_START_TYPES = ("mimae", "vit_mae")
 SIZE_FIELDS = (
     "hidden_size",
     "num_hidden_layers",
+    "num_attention_heads",
+    "decoder_num_attention_heads",
     "intermediate_size",
     "image_size",
     "patch_size",
@@ -77,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     set_seed(args.seed)
     with accelerator.main_process_first():
         source, probe_source = open_source(data_args, data_args.train_split), open_probe_source(data_args)
-    model = build_model(config, model_args)
+    model = build_model(config, model_args, is_resumed=args.resume_from_checkpoint is not None)
     normalization = Normalization(*channel_statistics(config, args), accelerator.device)
     processor = build_image_processor(config, normalization)
     loader = build_loader(source, config, data_args, args, accelerator)
@@ -112,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ),
         output_dir=output_dir,
         checkpoints=checkpoints,
-        settings=run_settings(model_args, data_args, args, config, normalization, loader, schedule, accelerator),
+        settings=run_settings(data_args, args, config, normalization, loader, schedule, accelerator),
         save_model=save_model,
         evaluate=partial(evaluation, model, accelerator),
         max_bad_image_fraction=data_args.max_bad_image_fraction,
@@ -121,7 +125,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         trainer.resume(on_main_process(lambda: checkpoints.resolve(args.resume_from_checkpoint)))
     elif args.overwrite_output_dir:
         on_main_process(lambda: clear_output_dir(output_dir))
-    accelerator.init_trackers("mimae", config={"recipe": recipe.stem, "seed": args.seed})
+    plain = {name: value for name, value in trainer.settings.items() if isinstance(value, int | float | str)}
+    accelerator.init_trackers("mimae", config={"recipe": recipe.stem, **plain})
 
     started = time.perf_counter()
     try:
@@ -150,14 +155,14 @@ def build_config(model_type: str, preset: str | None, fields: dict[str, Any]) ->
     return MIMAEConfig(**fields) if preset is None else MIMAEConfig.preset(preset, **fields)
 
 
-def build_model(config: MIMAEConfig, model_args: ModelArguments) -> MIMAEForPreTraining:
-    """The model, from scratch or with the weights of `--model_name_or_path`.
+def build_model(config: MIMAEConfig, model_args: ModelArguments, is_resumed: bool) -> MIMAEForPreTraining:
+    """The model, from scratch or with the weights of `--model_name_or_path`; a resumed run brings its own.
 
     Raises:
-        ValueError: the checkpoint's sizes are not the recipe's; names them.
+        ValueError: the checkpoint is of another kind of model, or its sizes are not the recipe's; names them.
     """
     path, attention = model_args.model_name_or_path, model_args.attn_implementation
-    if path is None:
+    if path is None or is_resumed:
         config._attn_implementation = attention
         model = MIMAEForPreTraining(config)
     else:
@@ -170,6 +175,10 @@ def build_model(config: MIMAEConfig, model_args: ModelArguments) -> MIMAEForPreT
 
 def compare_with_checkpoint(config: MIMAEConfig, saved: dict[str, Any], path: str) -> None:
     """On a warm start the recipe's values win: says where they differ, and refuses where the weights cannot fit."""
+    if saved.get("model_type") not in WARM_START_TYPES:
+        raise ValueError(
+            f"{path} is a {saved.get('model_type')!r} model; --model_name_or_path takes one of {WARM_START_TYPES}"
+        )
     # what the checkpoint does not say has the default of ViTMAE, the older of the two layouts
     defaults = {**ViTMAEConfig().to_dict(), **saved}
     fields = [name for name in config_fields(MIMAEConfig) if name in defaults]
@@ -186,14 +195,20 @@ def compare_with_checkpoint(config: MIMAEConfig, saved: dict[str, Any], path: st
 
 def start_processes(args: PretrainingArguments, recipe: Path) -> tuple[Accelerator, Path]:
     """Devices and processes, and the run's folder, held by the main one; the first line of the log says how many."""
-    PartialState(cpu=args.use_cpu)  # the processes meet: trackers want the folder before there is an Accelerator
+    # The processes meet: trackers want the folder before there is an Accelerator. They may wait for one another while
+    # the main one converts or lists a data set.
+    PartialState(cpu=args.use_cpu, timeout=timedelta(hours=2))
     is_resumed = args.resume_from_checkpoint is not None
     output_dir = on_main_process(
         lambda: claim_output_dir(args.output_dir, recipe, args.overwrite_output_dir, is_resumed)
     )
     report_to = None if args.report_to == "none" else args.report_to.split(",")
     accelerator = Accelerator(
-        cpu=args.use_cpu, mixed_precision=args.mixed_precision, log_with=report_to, project_dir=output_dir
+        cpu=args.use_cpu,
+        mixed_precision=args.mixed_precision,
+        log_with=report_to,
+        # not output_dir itself: a folder "mimae" in it would hide the package from whoever works there
+        project_config=ProjectConfiguration(project_dir=output_dir, logging_dir=output_dir / "tensorboard"),
     )
     if accelerator.device.type == "cpu" and args.cpu_threads is not None:
         torch.set_num_threads(max(1, args.cpu_threads // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
@@ -248,6 +263,8 @@ def open_probe_source(data_args: DataArguments) -> ImageSource | None:
     if data_args.validation_split is not None:
         return open_source(data_args, data_args.validation_split)
     for split in ("validation", "test"):
+        if split == data_args.train_split:
+            continue
         try:
             return open_source(data_args, split)
         except ValueError as error:
@@ -351,12 +368,21 @@ def build_evaluation(
     }
     held_out = probe_source or source
     shown = probe_indices(held_out, NUM_PICTURES)
-    (batch,) = evaluation_batches(held_out, indices=shown, **{**read, "batch_size": NUM_PICTURES, "num_workers": 0})
+    batch = next(evaluation_batches(held_out, indices=shown, **{**read, "num_workers": 0}), None)
+    if batch is None:
+        raise ValueError(f"none of {len(shown)} images can be decoded, beginning with {held_out.describe(shown[0])}")
     noise = torch.rand(len(batch["labels"]), *config.noise_shape, generator=torch.Generator().manual_seed(args.seed))
     pictures = ReconstructionMonitor(batch["pixel_values"], noise, normalization)
 
     probe = None
-    if source.has_labels and held_out.has_labels:
+    if not (args.probe_samples and source.has_labels and held_out.has_labels):
+        logger.info("no probe: %s", "the images have no labels" if args.probe_samples else "--probe_samples 0")
+    elif source.label_names != held_out.label_names:
+        raise ValueError(
+            f"the validation images have the classes {held_out.label_names}, the training images "
+            f"{source.label_names}: give the same to both, or --probe_samples 0 for no probe"
+        )
+    else:
         indices = probe_indices(source, args.probe_samples), probe_indices(held_out, args.probe_samples)
         if held_out is source:
             indices = split_indices(indices[0])
@@ -368,7 +394,6 @@ def build_evaluation(
 
 
 def run_settings(
-    model_args: ModelArguments,
     data_args: DataArguments,
     args: PretrainingArguments,
     config: MIMAEConfig,
@@ -391,8 +416,9 @@ def run_settings(
         "image_mean": normalization.mean,
         "image_std": normalization.std,
         "mixed_precision": accelerator.mixed_precision,
-        "model_name_or_path": model_args.model_name_or_path,
     }
+    if not config.gather_negatives:
+        settings["per_device_train_batch_size"] = args.per_device_train_batch_size
     return json.loads(json.dumps(settings))
 
 
@@ -407,7 +433,8 @@ def summarize(
     """Facts of a finished run, for the card and the terminal."""
     return {
         "model_type": config.model_type,
-        "dataset": data_args.dataset_name,
+        "dataset": data_args.dataset_name
+        or ("local images" if data_args.train_dir or data_args.data_files else "digits"),
         "num_images": trainer.loader.num_samples,
         "steps": trainer.progress.step,
         "epochs": trainer.progress.step / steps_per_epoch,
@@ -418,6 +445,8 @@ def summarize(
         "gate_threshold": config.mi_gate_threshold,
         "information_terms": config.mi_max_weight > 0 or config.mi_min_weight > 0,
         "seed": args.seed,
+        "skipped_steps": trainer.meter.skipped_steps,
+        "bad_images": trainer.bad_images.count,
     }
 
 

@@ -7,6 +7,16 @@ from huggingface_hub.dataclasses import type_validator
 
 # one of them says where the images are; a flag replaces whichever a recipe names
 PLACES = ("dataset_name", "train_dir", "data_files")
+# and these say more about those images: with other images they mean nothing
+DATA_KEYS = (
+    *PLACES,
+    "dataset_config_name",
+    "validation_dir",
+    "train_split",
+    "validation_split",
+    "image_column_name",
+    "label_column_name",
+)
 
 
 @dataclass

@@ -336,6 +336,7 @@ def evaluation_batches(
         collate_fn=tuple,
         num_workers=num_workers,
         generator=torch.Generator(),
+        worker_init_fn=leave_stop_signals_to_the_caller,
     )
     bad_images = []
     for images, labels, bad in loader:

@@ -32,7 +32,7 @@ def extract_features(
         ValueError: there is no batch.
     """
     features, labels = [], []
-    with _evaluating(model), torch.inference_mode():
+    with evaluating(model), torch.inference_mode():
         for batch in batches:
             pixel_values = normalize(batch["pixel_values"].to(device, non_blocking=True))  # (B, C, H, W)
             features.append(model.encode(pixel_values).pooler_output.float().cpu())  # (B, D)
@@ -43,7 +43,8 @@ def extract_features(
 
 
 @contextmanager
-def _evaluating(model: torch.nn.Module) -> Iterator[None]:
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Puts a model into evaluation mode, and each of its modules back into its own mode afterwards."""
     # Module by module: a training model may hold parts that are frozen in evaluation mode, and they stay so.
     modes = {module: module.training for module in model.modules()}
     model.eval()

@@ -10,11 +10,12 @@ import pytest
 import torch
 from PIL import Image
 from runs import flags, launch, metrics, pretrain, series, signal_after, weights, write_shards
+from transformers import BertConfig
 
 from mimae import MIMAEForPreTraining
 from mimae.training.bad_images import TooManyBadImagesError
 from mimae.training.checkpoints import CheckpointError, verify
-from mimae.training.run_folder import OutputDirNotEmptyError
+from mimae.training.run_folder import OutputDirNotEmptyError, clear_output_dir
 from mimae.training.trainer import NonFiniteError
 
 
@@ -147,11 +148,23 @@ def test_gradient_accumulation_sees_the_images_of_the_larger_batch_and_says_nega
 def test_an_output_folder_that_holds_a_run_is_refused_and_overwritten_only_on_request(tmp_path):
     assert pretrain(tmp_path / "run", max_train_steps=2) == 0
     (tmp_path / "run" / "notes.txt").write_text("mine")
+    (tmp_path / "run" / "mimae").mkdir()
     with pytest.raises(OutputDirNotEmptyError, match=r"--resume_from_checkpoint latest.*--overwrite_output_dir"):
         pretrain(tmp_path / "run", max_train_steps=2)
     assert pretrain(tmp_path / "run", "--overwrite_output_dir", max_train_steps=3) == 0
     assert not (tmp_path / "run" / "checkpoint-2").exists()
     assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
+    assert (tmp_path / "run" / "mimae").exists()
+
+
+def test_overwriting_a_folder_that_holds_no_run_deletes_nothing(tmp_path):
+    folder = tmp_path / "clone"
+    folder.mkdir()
+    (folder / "README.md").write_text("of another project")
+    (folder / "checkpoint-notes").write_text("no folder")
+    clear_output_dir(folder)
+    assert (folder / "README.md").read_text() == "of another project"
+    assert (folder / "checkpoint-notes").exists()
 
 
 def test_a_folder_that_a_live_run_holds_is_refused(tmp_path):
@@ -167,6 +180,23 @@ def test_a_folder_that_a_live_run_holds_is_refused(tmp_path):
     finally:
         process.kill()
         process.wait()
+
+
+def test_going_back_to_an_older_checkpoint_drops_the_later_ones_and_mixes_no_runs(tmp_path):
+    settings = {"max_train_steps": 6, "checkpointing_steps": 2, "logging_steps": 4}
+    assert pretrain(tmp_path / "run", **settings) == 0
+    first = weights(tmp_path / "run"), series(tmp_path / "run", "loss")
+    older = str(tmp_path / "run" / "checkpoint-2")
+    with signal_after(step=3):
+        assert pretrain(tmp_path / "run", "--resume_from_checkpoint", older, **settings) == 128 + signal.SIGTERM
+    assert sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3"]
+    assert pretrain(tmp_path / "run", "--resume_from_checkpoint", "latest", **settings) == 0
+    assert series(tmp_path / "run", "loss") == first[1]  # also where the stop cut a window of the log
+    assert all(torch.equal(tensor, first[0][name]) for name, tensor in weights(tmp_path / "run").items())
+
+    assert pretrain(tmp_path / "other", max_train_steps=2) == 0
+    with pytest.raises(CheckpointError, match="another run's"):
+        pretrain(tmp_path / "other", "--resume_from_checkpoint", str(tmp_path / "run" / "checkpoint-3"), **settings)
 
 
 def test_a_resume_with_other_settings_names_the_keys(tmp_path):
@@ -244,3 +274,14 @@ def test_a_warm_start_takes_weights_and_refuses_other_sizes(tmp_path, short_run)
         assert torch.equal(tensor, weights(tmp_path / "warm")[name]), name
     with pytest.raises(ValueError, match=r"hidden_size: 32 there, 64 in the recipe"):
         pretrain(tmp_path / "other", model_name_or_path=short_run, hidden_size=64)
+    BertConfig().save_pretrained(tmp_path / "bert")
+    with pytest.raises(ValueError, match="is a 'bert' model"):
+        pretrain(tmp_path / "other", model_name_or_path=tmp_path / "bert")
+
+
+def test_images_of_one_class_are_not_probed_and_do_not_end_a_run(tmp_path):
+    images = write_folder(tmp_path / "images", 0)
+    write_folder(images / "only", 100)
+    settings = {"train_dir": images, "cache_dir": tmp_path / "cache", "per_device_train_batch_size": 50}
+    assert pretrain(tmp_path / "run", **settings, max_train_steps=2) == 0
+    assert not [line for line in metrics(tmp_path / "run") if "knn_accuracy" in line]

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import yaml
 from transformers import HfArgumentParser, PreTrainedConfig
 
-from ..data.arguments import PLACES, check_types
+from ..data.arguments import DATA_KEYS, PLACES, check_types
 
 
 class RecipeError(ValueError):
@@ -85,19 +85,33 @@ class PretrainingArguments:
     logging_steps: int = _option(10, "Log every so many steps.")
     evaluation_steps: int | None = _option(None, "Draw pictures and probe every so many steps; wins over epochs.")
     evaluation_epochs: float = _option(10.0, "Draw pictures and probe every so many epochs.")
-    probe_samples: int = _option(5000, "At most so many images to fit the probe on, and as many to test it.")
+    probe_samples: int = _option(5000, "At most so many images to fit the probe on, and to test it; 0: no probe.")
     evaluation_crop_ratio: float = _option(0.875, "Images are probed resized to size / ratio and cropped; 1: whole.")
     report_to: str = _option("tensorboard", "Any Accelerate tracker, several with commas, or none.")
 
     def __post_init__(self):
         check_types(self)
-        for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps", "lr_base_batch"):
+        for name in (
+            "per_device_train_batch_size",
+            "gradient_accumulation_steps",
+            "logging_steps",
+            "lr_base_batch",
+            "max_nonfinite_steps",
+        ):
             _require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
         for name in ("max_train_steps", "checkpointing_steps", "evaluation_steps", "cpu_threads"):
             value = getattr(self, name)
             _require(value is None or value >= 1, f"{name}={value} must be at least 1")
         for name in ("num_train_epochs", "checkpointing_epochs", "evaluation_epochs", "base_learning_rate"):
             _require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be positive")
+        for name in ("warmup_epochs", "probe_samples", "weight_decay", "min_learning_rate"):
+            _require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative")
+        _require(
+            self.max_grad_norm is None or self.max_grad_norm > 0,
+            f"max_grad_norm={self.max_grad_norm} must be positive; leave it out to clip nothing",
+        )
+        ratio = self.evaluation_crop_ratio
+        _require(0 < ratio <= 1, f"evaluation_crop_ratio={ratio} must lie above 0 and at most at 1")
         limit = self.checkpoints_total_limit
         _require(limit is None or limit >= 2, f"checkpoints_total_limit={limit} must be at least 2")
 
@@ -146,7 +160,7 @@ def parse_arguments(
         One instance per group, the model configuration's fields that recipe or flags set, and the recipe's path.
 
     Raises:
-        RecipeError: an unknown key or a wrong type in the recipe. Unknown flags end the process, as argparse does.
+        RecipeError: an unknown key or a wrong type in the recipe, or an unknown flag.
     """
     parser = HfArgumentParser(groups, description=description, allow_abbrev=False)
     parser.add_argument("--config", type=Path, default=default_recipe, help="A recipe: YAML of these flags' values.")
@@ -158,10 +172,15 @@ def parse_arguments(
     recipe = read_recipe(recipe_path)
     check_recipe(recipe, groups, config_class)
     fields = set(config_fields(config_class))
+    if any(_is_given(argv, place) for place in PLACES):
+        recipe = {key: value for key, value in recipe.items() if key not in DATA_KEYS}
     parser.set_defaults(**{key: value for key, value in recipe.items() if key not in fields})
-    if named := [place for place in PLACES if _is_given(argv, place)]:
-        parser.set_defaults(**{place: None for place in PLACES if place not in named})
-    *instances, rest = parser.parse_args_into_dataclasses(argv, args_file_flag=None)
+    *instances, rest, unknown = parser.parse_args_into_dataclasses(
+        argv, return_remaining_strings=True, args_file_flag=None
+    )
+    known = [action.dest for action in parser._actions]
+    for flag in unknown[:1]:
+        raise RecipeError(f"unknown flag {flag!r}{_did_you_mean(flag.lstrip('-').split('=')[0], known)}")
     overrides = {key: value for key, value in vars(rest).items() if key in fields}
     return instances, {**{k: v for k, v in recipe.items() if k in fields}, **overrides}, recipe_path
 
@@ -174,8 +193,7 @@ def check_recipe(recipe: dict[str, Any], groups: Sequence[type], config_class: t
     known = [f.name for group in groups for f in dataclasses.fields(group)] + config_fields(config_class)
     for key in recipe:
         if key not in known:
-            close = difflib.get_close_matches(str(key), known, n=1)
-            raise RecipeError(f"unknown key {key!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
+            raise RecipeError(f"unknown key {key!r}{_did_you_mean(str(key), known)}")
     for group in groups:
         names = {f.name for f in dataclasses.fields(group)}
         try:
@@ -184,6 +202,11 @@ def check_recipe(recipe: dict[str, Any], groups: Sequence[type], config_class: t
             raise
         except (TypeError, ValueError) as error:
             raise RecipeError(f"{error}\n(YAML reads 2e-4 as text: write 2.0e-4)") from error
+
+
+def _did_you_mean(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def _config_flag(argv: Sequence[str] | None, default: Path) -> Path:

@@ -113,7 +113,8 @@ class CheckpointStore:
             folder = self.latest()
             if folder is None:
                 raise CheckpointError(
-                    f"no valid checkpoint in {self.output_dir}: start without --resume_from_checkpoint, or name one"
+                    f"no valid checkpoint in {self.output_dir}: name another folder's, or start anew without "
+                    "--resume_from_checkpoint, with --overwrite_output_dir if a run is in the way"
                 )
             return folder
         if problems := verify(value):
@@ -121,7 +122,19 @@ class CheckpointStore:
                 f"cannot resume from {value}: {'; '.join(problems)}. Name another checkpoint, or say 'latest' for the "
                 "newest valid one of the output folder"
             )
+        if Path(value).resolve().parent != self.output_dir.resolve() and self._newest_first():
+            raise CheckpointError(
+                f"{value} is another run's, and {self.output_dir} holds checkpoints of its own: they would be mixed. "
+                "Choose another --output_dir"
+            )
         return Path(value)
+
+    def discard_after(self, step: int) -> None:
+        """Delete checkpoints of later steps: a run that goes on from `step` will write its own."""
+        for folder in self._newest_first():
+            if int(folder.name.split("-")[1]) > step:
+                logger.warning("going on from step %d: %s is of a later step and is removed", step, folder)
+                _discard(folder)
 
     def _newest_first(self) -> list[Path]:
         named = ((re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in self.output_dir.glob("checkpoint-*"))
@@ -143,7 +156,10 @@ class CheckpointStore:
 
 
 def verify(folder: str | os.PathLike) -> list[str]:
-    """What is wrong with a checkpoint, in words; an empty list means that every byte is as it was written."""
+    """What is wrong with a checkpoint, in words; an empty list means that every byte is as it was written.
+
+    Files that others have put there since, as file managers and network file systems do, are no matter: none is read.
+    """
     folder = Path(folder)
     if not folder.is_dir():
         return ["there is no such folder"]
@@ -155,7 +171,6 @@ def verify(folder: str | os.PathLike) -> list[str]:
     except (CheckpointError, KeyError, TypeError, ValueError, OSError) as error:
         return [f"{MANIFEST_NAME} is unreadable ({error})"]
     problems = [f"{name} is missing" for name in sorted(recorded.keys() - found.keys())]
-    problems += [f"{name} is not in {MANIFEST_NAME}" for name in sorted(found.keys() - recorded.keys())]
     for name in sorted(recorded.keys() & found.keys()):
         problems += _compare(name, found[name], recorded[name])
     return problems

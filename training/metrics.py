@@ -78,8 +78,18 @@ class StepMeter:
         step = int(self._gate_opened_at)
         return None if step < 0 else step
 
+    @property
+    def window(self) -> torch.Tensor:
+        """This process's sums since the last log, to go on in a resumed run: a vector on the host."""
+        return torch.cat([self._sums, self._steps.view(1)]).cpu()
+
+    def load_window(self, window: torch.Tensor) -> None:
+        """The inverse of `window`."""
+        self._sums.copy_(window[:-1])
+        self._steps.copy_(window[-1])
+
     def state(self) -> dict[str, int]:
-        """What a checkpoint must keep."""
+        """What a checkpoint must keep of the whole run; skipped steps in a row start anew after a resume."""
         return {"skipped": int(self._skipped), "gate_opened_at": int(self._gate_opened_at)}
 
     def load_state(self, state: dict[str, int]) -> None:
@@ -128,8 +138,9 @@ class MetricLog:
         shown["gate"] = "open" if metrics["mi_active"] else "closed"
         shown["views/s"] = f"{metrics['views_per_second']:.0f}"
         if self._bar.disable:
+            left = (self._total_steps - step) * metrics["seconds_per_step"]
             words = "  ".join(f"{name} {value}" for name, value in shown.items())
-            logger.info("step %d/%d  %s", step, self._total_steps, words)
+            logger.info("step %d/%d  %s  left %s", step, self._total_steps, words, tqdm.format_interval(left))
         else:
             self._bar.set_postfix(shown)
 

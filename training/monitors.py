@@ -3,6 +3,7 @@
 Both see images without augmentation, and change nothing: not the model's mode, not the gate, no random state.
 """
 
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +15,14 @@ from torch import nn
 from ..data.loaders import evaluation_batches
 from ..data.sources import ImageSource
 from ..data.transforms import Normalization
-from ..evaluation.features import extract_features
+from ..evaluation.features import evaluating, extract_features
 from ..evaluation.probes import knn_accuracy, linear_probe_accuracy
 from .pictures import save_reconstructions
+
+logger = logging.getLogger(__name__)
+
+# so many blocks of a sharded source are read for a probe: a row costs as much as its block
+PROBE_BLOCKS = 64
 
 
 class ReconstructionMonitor:
@@ -34,12 +40,10 @@ class ReconstructionMonitor:
     @torch.no_grad()
     def draw(self, model: nn.Module, accelerator: Accelerator, path: Path) -> None:
         """Writes the picture. Collective: the model may gather its negatives."""
-        was_training = model.training
-        model.eval()
         pixel_values = self._normalize(self._pixel_values.to(accelerator.device))
-        # not model(...): a compiled one would be compiled anew for this batch size
-        output = model.forward(pixel_values, noise=self._noise.to(accelerator.device))
-        model.train(was_training)
+        with evaluating(model):
+            # not model(...): a compiled one would be compiled anew for this batch size
+            output = model.forward(pixel_values, noise=self._noise.to(accelerator.device))
         if accelerator.is_main_process:
             save_reconstructions(
                 path,
@@ -80,16 +84,23 @@ class Probe:
         features = [x for part in self._parts for x in self._features(model, accelerator, *part)]
         if not accelerator.is_main_process:
             return {}
+        if len(np.unique(features[1])) < 2:
+            logger.warning("no probe: its %d training images are of fewer than two classes", len(features[1]))
+            return {}
         return {"knn_accuracy": knn_accuracy(*features), "linear_accuracy": linear_probe_accuracy(*features)}
 
     def _features(
         self, model: nn.Module, accelerator: Accelerator, source: ImageSource, indices: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
         share = indices[accelerator.process_index :: accelerator.num_processes]
-        batches = evaluation_batches(source, indices=share, **self._read)
-        part = extract_features(model, batches, normalize=self._normalize, device=accelerator.device)
-        parts = [part] if accelerator.num_processes == 1 else gather_object([part])
-        return np.concatenate([f for f, _ in parts]), np.concatenate([labels for _, labels in parts])
+        parts = []
+        if len(share):  # there may be more processes than images
+            batches = evaluation_batches(source, indices=share, **self._read)
+            with accelerator.autocast():
+                parts = [extract_features(model, batches, normalize=self._normalize, device=accelerator.device)]
+        parts = parts if accelerator.num_processes == 1 else gather_object(parts)
+        features, labels = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+        return features[labels >= 0], labels[labels >= 0]  # -1: an image without a label
 
 
 class Evaluation:
@@ -117,14 +128,14 @@ class Evaluation:
 
 
 def probe_indices(source: ImageSource, limit: int) -> np.ndarray:
-    """At most `limit` indices of a source, drawn once for all runs alike; whole blocks where rows come in blocks."""
+    """At most `limit` indices of a source, the same in all runs; from few blocks where rows come in blocks."""
     random = np.random.default_rng(0)
-    if not source.reads_blocks:
-        return np.sort(random.permutation(len(source))[:limit])
-    ends = np.cumsum(source.block_sizes)
-    blocks = random.permutation(len(ends))
-    indices = np.concatenate([np.arange(ends[b] - source.block_sizes[b], ends[b]) for b in blocks[:limit]])
-    return np.sort(indices[:limit])
+    indices = np.arange(len(source))
+    if source.reads_blocks:
+        ends = np.cumsum(source.block_sizes)
+        blocks = random.permutation(len(ends))[:PROBE_BLOCKS]
+        indices = np.concatenate([np.arange(ends[b] - source.block_sizes[b], ends[b]) for b in blocks])
+    return np.sort(random.permutation(indices)[:limit])
 
 
 def split_indices(indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -61,9 +61,9 @@ def clip_gradients(
     V is clipped on its own: one norm over both would let V's gradient scale the encoder's step.
     """
     norms = []
-    for group in (parameters, approximator_parameters):
+    for group in filter(None, (parameters, approximator_parameters)):  # the norm of nothing would lie on the host
         norm = nn.utils.get_total_norm([p.grad for p in group if p.grad is not None])
-        if max_norm is not None and group:
+        if max_norm is not None:
             nn.utils.clip_grads_with_norm_(group, max_norm, norm)
         norms.append(norm)
-    return torch.stack([norm.to(norms[0].device) for norm in norms]).norm()
+    return torch.stack(norms).norm()

@@ -36,12 +36,12 @@ def write_results(output_dir: Path, *, recipe: dict[str, Any], summary: dict[str
         The summary in words.
     """
     lines = read_jsonl(output_dir / "metrics.jsonl")
-    probes = [{name: line[name] for name in PROBES} for line in lines if PROBES[0] in line]
+    probes = {line["step"]: {name: line[name] for name in PROBES} for line in lines if PROBES[0] in line}
     summary = {
         **summary,
         "final": {name: value for name in LOSSES if (value := _last(lines, name)) is not None},
-        "probe_before": probes[0] if probes else None,
-        "probe_after": probes[-1] if probes else None,
+        "probe_before": probes.get(0),
+        "probe_after": probes[max(probes)] if probes else None,
         "versions": {name: version(name) for name in PACKAGES},
     }
     save_curves(
@@ -65,10 +65,14 @@ def describe(summary: dict[str, Any], output_dir: Path) -> str:
         f"final     {losses}",
         f"gate      {describe_gate(summary)}",
     ]
-    if summary["probe_before"]:
+    if summary["skipped_steps"] or summary["bad_images"]:
+        rows.append(f"skipped   {summary['skipped_steps']} steps, {summary['bad_images']} bad images")
+    if summary["probe_before"] and summary["probe_after"]:
         for name in PROBES:
             before, after = summary["probe_before"][name], summary["probe_after"][name]
-            rows.append(f"{name:15} {before:.1%} untrained -> {after:.1%} ({100 * (after - before):+.1f} points)")
+            rows.append(
+                f"{name:15} {before:.1%} before training -> {after:.1%} after ({100 * (after - before):+.1f} points)"
+            )
     rows += [
         f"model     {output_dir} (README.md, config.json, model.safetensors, preprocessor_config.json)",
         f"look at   {output_dir}/reconstructions.png, {output_dir}/curves.png",

@@ -1,13 +1,23 @@
 """The folder of a run: where it lies, who holds it, and what it may hold when a run begins."""
 
+import re
 import shutil
 from pathlib import Path
 
 from .checkpoints import CheckpointStore, OutputDirLock
 
 # what a run leaves behind; nothing else is ever deleted
-RUN_FILES = ("metrics.jsonl", "bad_images.jsonl", "config.json", "model.safetensors", "README.md", "curves.png")
-RUN_FOLDERS = ("checkpoint-*", "reconstructions", "mimae")
+RUN_FILES = (
+    "metrics.jsonl",
+    "bad_images.jsonl",
+    "config.json",
+    "model.safetensors",
+    "preprocessor_config.json",
+    "README.md",
+    "curves.png",
+    "reconstructions.png",
+)
+RUN_FOLDERS = ("reconstructions", "tensorboard")
 
 
 class OutputDirNotEmptyError(ValueError):
@@ -32,7 +42,7 @@ def claim_output_dir(requested: str | None, recipe: Path, overwrite: bool, resum
     folder = Path(requested) if requested else _first_free(Path("outputs") / recipe.stem)
     OutputDirLock(folder).acquire()
     CheckpointStore(folder, total_limit=None).remove_partials()
-    if _holds_run(folder) and not overwrite and not resume:
+    if holds_run(folder) and not overwrite and not resume:
         raise OutputDirNotEmptyError(
             f"{folder} holds another run. Go on with it: --resume_from_checkpoint latest; delete it: "
             "--overwrite_output_dir; or choose another --output_dir"
@@ -41,20 +51,26 @@ def claim_output_dir(requested: str | None, recipe: Path, overwrite: bool, resum
 
 
 def clear_output_dir(folder: Path) -> None:
-    """Deletes the run that a folder holds, and nothing else in it; call it on one process only."""
-    for pattern in RUN_FOLDERS:
-        for path in folder.glob(pattern):
-            shutil.rmtree(path)
+    """Deletes the run that a folder holds, if it holds one, and nothing else in it; call it on one process only."""
+    if not holds_run(folder):
+        return
+    for path in (*_checkpoints(folder), *(folder / name for name in RUN_FOLDERS)):
+        shutil.rmtree(path, ignore_errors=True)
     for name in RUN_FILES:
         (folder / name).unlink(missing_ok=True)
 
 
+def holds_run(folder: Path) -> bool:
+    """Whether a run has begun here: it has logged a step, or saved one."""
+    return (folder / "metrics.jsonl").exists() or bool(_checkpoints(folder))
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    return [path for path in folder.glob("checkpoint-*") if path.is_dir() and re.fullmatch(r"\D+-\d+", path.name)]
+
+
 def _first_free(folder: Path) -> Path:
     candidate, number = folder, 2
-    while _holds_run(candidate):
+    while holds_run(candidate):
         candidate, number = folder.with_name(f"{folder.name}-{number}"), number + 1
     return candidate
-
-
-def _holds_run(folder: Path) -> bool:
-    return any((folder / name).exists() for name in RUN_FILES) or any(folder.glob(RUN_FOLDERS[0]))

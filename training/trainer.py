@@ -20,7 +20,7 @@ from torch import nn
 
 from ..data.loaders import PretrainingLoader
 from ..data.transforms import Normalization
-from .bad_images import BadImageLog
+from .bad_images import BadImageLog, TooManyBadImagesError
 from .checkpoints import (
     CheckpointStore,
     load_optimizer,
@@ -137,16 +137,16 @@ class Pretrainer:
         self.bad_images = BadImageLog(
             self.output_dir / "bad_images.jsonl",
             self.accelerator,
-            num_images=self.loader.num_samples,
+            num_images=len(self.loader.source),
             max_fraction=self.max_bad_image_fraction,
         )
         batches = self.loader.batches(self.progress.epoch, self.progress.position)
-        if self.progress.step == 0:
-            self.metrics.write(0, self.evaluate(0))
-        self._last_log = (time.perf_counter(), self.progress.step)
         self.model.train()
         try:
             with StopRequest() as stop_request:
+                if self.progress.step == 0:
+                    self.metrics.write(0, self.evaluate(0))
+                self._last_log = (time.perf_counter(), self.progress.step)
                 while self.progress.step < self.schedule.total_steps:
                     self._step(batches)
                     self._after_step(stop_request)
@@ -198,22 +198,27 @@ class Pretrainer:
         is_end = step == self.schedule.total_steps
         if step % self.intervals.logging == 0 or is_end:
             self._log()
-        if step % self.intervals.evaluation == 0 or is_end:
-            self.metrics.write(step, self.evaluate(step))
+        paused = time.perf_counter()
         signum = 0 if is_end else stop_request.agreed()
         if step % self.intervals.checkpointing == 0 or is_end or signum:
             self.save()
         if signum:
             raise RunStopped(signum)
+        if step % self.intervals.evaluation == 0 or is_end:  # after saving: what it may run into loses no step
+            self.metrics.write(step, self.evaluate(step))
+        then, last_step = self._last_log
+        self._last_log = (then + time.perf_counter() - paused, last_step)  # neither counts as training
 
     def _log(self) -> None:
         metrics = self.meter.read(self.accelerator)
         now, (then, last_step) = time.perf_counter(), self._last_log
-        images_per_second = (self.progress.step - last_step) * self.loader.images_per_step / (now - then)
+        seconds_per_step = (now - then) / (self.progress.step - last_step)
+        images_per_second = self.loader.images_per_step / seconds_per_step
         self._last_log = (now, self.progress.step)
         metrics |= {
             "learning_rate": self.schedule(self.progress.step - 1),
             "epoch": self.progress.epoch + self.progress.position / self.loader.samples_used,
+            "seconds_per_step": seconds_per_step,
             "images_per_second": images_per_second,
             "views_per_second": images_per_second * self.unwrapped.config.num_views,
             "skipped_steps": self.meter.skipped_steps,
@@ -232,33 +237,33 @@ class Pretrainer:
                     f"(--max_nonfinite_steps {self.max_nonfinite_steps}). A lower base_learning_rate, a longer "
                     "warm-up or --max_grad_norm may help; the last finite state is saved"
                 )
-        except RuntimeError:
+        except (TooManyBadImagesError, NonFiniteError):
             self.save()
             raise
 
     def save(self) -> None:
         """Publishes a checkpoint of this moment. Collective: rank 0 writes for all."""
-        random_states = [random_state()]
+        states = [{**random_state(), "meter": self.meter.window}]
         if self.accelerator.num_processes > 1:
-            random_states = gather_object(random_states)
+            states = gather_object(states)
         if self.accelerator.is_main_process:
-            path = self.checkpoints.save(self.progress.step, lambda folder: self._write(folder, random_states))
+            path = self.checkpoints.save(self.progress.step, lambda folder: self._write(folder, states))
             logger.info("saved %s", path)
         self.accelerator.wait_for_everyone()
 
-    def _write(self, folder: Path, random_states: list[dict[str, torch.Tensor]]) -> None:
+    def _write(self, folder: Path, states: list[dict[str, torch.Tensor]]) -> None:
         self.save_model(folder)
         save_optimizer(folder, self.optimizer.optimizer, self.parameter_names)
-        for rank, state in enumerate(random_states):
-            save_file(state, folder / f"random_state_{rank}.safetensors")
+        for rank, state in enumerate(states):
+            save_file(state, folder / f"process_{rank}.safetensors")
         scaler = self.accelerator.scaler
-        state = {
+        trainer_state = {
             "progress": asdict(self.progress),
             "meter": self.meter.state(),
             "scaler": scaler.state_dict() if scaler is not None else None,
             "settings": self.settings,
         }
-        write_json(folder / "trainer_state.json", state)
+        write_json(folder / "trainer_state.json", trainer_state)
 
     def resume(self, checkpoint: Path) -> None:
         """Continues where `checkpoint` was saved.
@@ -268,15 +273,19 @@ class Pretrainer:
         """
         state = read_json(checkpoint / "trainer_state.json")
         refuse_other_settings(state["settings"], self.settings)
+        if self.accelerator.is_main_process:
+            self.checkpoints.discard_after(state["progress"]["step"])
         self.unwrapped.load_state_dict(load_tensors(checkpoint / "model.safetensors"))
         load_optimizer(checkpoint, self.optimizer.optimizer, self.parameter_names)
         self.progress = Progress(**state["progress"])
         self.meter.load_state(state["meter"])
         if self.accelerator.scaler is not None and state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
-        random_path = checkpoint / f"random_state_{self.accelerator.process_index}.safetensors"
-        if random_path.exists():  # a run on more processes than before has new ones
-            set_random_state(load_tensors(random_path))
+        process_path = checkpoint / f"process_{self.accelerator.process_index}.safetensors"
+        if process_path.exists():  # a run on more processes than before has new ones
+            process_state = load_tensors(process_path)
+            set_random_state(process_state)
+            self.meter.load_window(process_state["meter"])
         logger.info("resumed from %s: %s", checkpoint, self.progress)
 
 
