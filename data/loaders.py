@@ -26,6 +26,8 @@ if TYPE_CHECKING:  # it imports 🤗 Datasets, which data in memory does without
 
 logger = logging.getLogger(__name__)
 
+MOST_BAD_IN_A_ROW = 1000  # with more, a file is given up
+
 
 class BatchRequest(NamedTuple):
     """One global batch: the epoch, and how many images of it come before the batch."""
@@ -145,12 +147,14 @@ class PretrainingSamples(Dataset):
             return decode_image(encoded, self.num_channels), None
         except BadImageError as error:
             reason = error.reason
-        substitute = self.source.next_in_file(index)
-        while substitute != index:
+        substitute = index
+        for _ in range(MOST_BAD_IN_A_ROW):
+            substitute = self.source.next_in_file(substitute)
+            if substitute == index:
+                break
             try:
                 image = decode_image(self.source.read(substitute)[0], self.num_channels)
             except BadImageError:
-                substitute = self.source.next_in_file(substitute)
                 continue
             return image, {
                 "image": self.source.describe(index),
@@ -160,7 +164,7 @@ class PretrainingSamples(Dataset):
                 "substitute": self.source.describe(substitute),
             }
         raise RuntimeError(
-            f"no image in the file of {self.source.describe(index)} can be decoded (this one: {reason}); "
+            f"neither {self.source.describe(index)} ({reason}) nor any image after it in its file can be decoded; "
             "remove the file from the data set, or fetch it again"
         )
 

@@ -70,9 +70,7 @@ def describe(summary: dict[str, Any], output_dir: Path) -> str:
     if summary["probe_before"] and summary["probe_after"]:
         for name in PROBES:
             before, after = summary["probe_before"][name], summary["probe_after"][name]
-            rows.append(
-                f"{name:15} {before:.1%} before training -> {after:.1%} after ({100 * (after - before):+.1f} points)"
-            )
+            rows.append(f"{name:15} {before:.1%} at the start -> {after:.1%} ({100 * (after - before):+.1f} points)")
     rows += [
         f"model     {output_dir} (README.md, config.json, model.safetensors, preprocessor_config.json)",
         f"look at   {output_dir}/reconstructions.png, {output_dir}/curves.png",
