@@ -36,7 +36,7 @@ from mimae.training.checkpoints import CheckpointStore
 from mimae.training.monitors import Evaluation, Probe, ReconstructionMonitor, probe_indices, split_indices
 from mimae.training.optimization import WarmupCosine, build_adamw, scaled_learning_rate
 from mimae.training.results import device_name, write_results
-from mimae.training.run_folder import claim_output_dir, clear_output_dir
+from mimae.training.run_folder import claim_output_dir, clear_output_dir, run_name
 from mimae.training.signals import RunStopped
 from mimae.training.trainer import Intervals, Pretrainer
 
@@ -126,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     elif args.overwrite_output_dir:
         on_main_process(lambda: clear_output_dir(output_dir))
     plain = {name: value for name, value in trainer.settings.items() if isinstance(value, int | float | str)}
-    accelerator.init_trackers("mimae", config={"recipe": recipe.stem, **plain})
+    accelerator.init_trackers("mimae", config={"recipe": run_name(recipe), **plain})
 
     started = time.perf_counter()
     try:

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from transformers import BertConfig
 from mimae import MIMAEForPreTraining
 from mimae.training.bad_images import TooManyBadImagesError
 from mimae.training.checkpoints import CheckpointError, verify
-from mimae.training.run_folder import OutputDirNotEmptyError, clear_output_dir
+from mimae.training.run_folder import OutputDirNotEmptyError, claim_output_dir, clear_output_dir
 from mimae.training.trainer import NonFiniteError
 
 
@@ -155,6 +156,15 @@ def test_an_output_folder_that_holds_a_run_is_refused_and_overwritten_only_on_re
     assert not (tmp_path / "run" / "checkpoint-2").exists()
     assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
     assert (tmp_path / "run" / "mimae").exists()
+
+
+def test_a_run_without_a_folder_gets_one_by_its_recipe_and_never_anothers(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recipe = tmp_path / "photos" / "mimae.yaml"
+    for expected in ("photos-mimae", "photos-mimae-2"):
+        folder = claim_output_dir(None, recipe, overwrite=False, resume=False)
+        assert folder == Path("outputs") / expected
+        (folder / "metrics.jsonl").touch()
 
 
 def test_overwriting_a_folder_that_holds_no_run_deletes_nothing(tmp_path):

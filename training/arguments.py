@@ -45,7 +45,9 @@ class ModelArguments:
 class PretrainingArguments:
     """Optimisation (Sec. 5.1 and the official MAE's recipe), state on disk, and what is shown."""
 
-    output_dir: str | None = _option(None, "Where everything goes; default: outputs/<recipe>, numbered if taken.")
+    output_dir: str | None = _option(
+        None, "Where everything goes; default: in outputs/, by the recipe, numbered if taken."
+    )
     overwrite_output_dir: bool = _option(False, "Delete the run that output_dir holds.")
     resume_from_checkpoint: str | None = _option(None, "latest (the newest valid one in output_dir), or a path.")
     seed: int = _option(0, "Initialisation, order of samples, augmentation and masks follow from it.")

@@ -54,7 +54,10 @@ class StepMeter:
         self._gate_opened_at = torch.where(opens_now, step, self._gate_opened_at)
 
     def read(self, accelerator: Accelerator) -> dict[str, float | None]:
-        """Means over steps and processes since the last call; None where every step was skipped."""
+        """Means over steps and processes since the last call; None where every step was skipped.
+
+        `min_variance` is a mean, too: of the batches' smallest variances.
+        """
         sums = accelerator.reduce(self._sums, reduction="mean").tolist()
         steps = int(self._steps)
         self._sums.zero_()

@@ -28,7 +28,7 @@ def claim_output_dir(requested: str | None, recipe: Path, overwrite: bool, resum
     """The folder of this run, locked until the process ends; call it on one process only.
 
     Args:
-        requested: --output_dir; None = `outputs/<recipe>`, or the first of `outputs/<recipe>-2`, … that is free.
+        requested: --output_dir; None = `outputs/<run_name>`, or the first of `outputs/<run_name>-2`, … that is free.
         overwrite: the run that the folder holds may go; `clear_output_dir` deletes it once all else is ready.
         resume: go on with it.
 
@@ -39,7 +39,7 @@ def claim_output_dir(requested: str | None, recipe: Path, overwrite: bool, resum
     """
     if requested is None and resume:
         raise ValueError("--resume_from_checkpoint needs --output_dir, the folder of the run to go on with")
-    folder = Path(requested) if requested else _first_free(Path("outputs") / recipe.stem)
+    folder = Path(requested) if requested else _first_free(Path("outputs") / run_name(recipe))
     OutputDirLock(folder).acquire()
     CheckpointStore(folder, total_limit=None).remove_partials()
     if holds_run(folder) and not overwrite and not resume:
@@ -48,6 +48,12 @@ def claim_output_dir(requested: str | None, recipe: Path, overwrite: bool, resum
             "--overwrite_output_dir; or choose another --output_dir"
         )
     return folder
+
+
+def run_name(recipe: Path) -> str:
+    """A recipe's name with its folder's, "fashion_mnist-mimae": by itself it might be the package's, and hide it."""
+    folder = recipe.resolve().parent.name
+    return recipe.stem if folder == "recipes" else f"{folder}-{recipe.stem}"
 
 
 def clear_output_dir(folder: Path) -> None:
