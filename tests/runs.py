@@ -62,7 +62,7 @@ def launch(argv: list[str], *, launcher: tuple[str, ...] = (), **environment: st
     return subprocess.Popen(
         [sys.executable, *launcher, str(SCRIPT), *argv],
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT.parent), **environment},
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
