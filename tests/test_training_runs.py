@@ -253,6 +253,11 @@ def test_bad_images_are_skipped_named_and_counted(tmp_path):
     assert sorted(os.path.basename(line["image"].rstrip(")")) for line in lines) == ["0007.png", "0120.png"]
     assert metrics(tmp_path / "run")[-1].get("bad_images", 2) == 2
 
+    # a stop between two lines of the log forgets none
+    with signal_after(step=5):
+        pretrain(tmp_path / "stopped", **settings | {"logging_steps": 1000})
+    assert (tmp_path / "stopped" / "bad_images.jsonl").read_text().count("\n") == 2
+
     with pytest.raises(TooManyBadImagesError, match=r"2 of 300 images"):
         pretrain(tmp_path / "strict", **settings, max_bad_image_fraction=0.005)
     assert list((tmp_path / "strict").glob("checkpoint-*"))

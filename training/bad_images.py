@@ -41,17 +41,20 @@ class BadImageLog:
         return len(self._known)
 
     def flush(self) -> None:
-        """All processes write down what they met. Collective.
-
-        Raises:
-            TooManyBadImagesError: on all processes alike.
-        """
+        """All processes write down what they met, so that a checkpoint of this moment forgets none. Collective."""
         pending = self._pending if self._accelerator.num_processes == 1 else gather_object(self._pending)
         self._pending = []
         news = {report["index"]: report for report in pending if report["index"] not in self._known}
         if news and self._accelerator.is_main_process:
             append_jsonl(self._path, list(news.values()))
         self._known.update(news)
+
+    def check(self) -> None:
+        """After a flush.
+
+        Raises:
+            TooManyBadImagesError: on all processes alike.
+        """
         if self.count > self._max_fraction * self._num_images:
             raise TooManyBadImagesError(
                 f"{self.count} of {self._num_images} images cannot be decoded, more than "

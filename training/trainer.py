@@ -231,6 +231,7 @@ class Pretrainer:
         """Bad images and skipped steps are looked at when logging, where the device is waited for anyway."""
         try:
             self.bad_images.flush()
+            self.bad_images.check()
             if self.meter.longest_skip >= self.max_nonfinite_steps:
                 raise NonFiniteError(
                     f"{self.meter.longest_skip} steps in a row had no finite gradient "
@@ -243,6 +244,7 @@ class Pretrainer:
 
     def save(self) -> None:
         """Publishes a checkpoint of this moment. Collective: rank 0 writes for all."""
+        self.bad_images.flush()
         states = [{**random_state(), "meter": self.meter.window}]
         if self.accelerator.num_processes > 1:
             states = gather_object(states)
