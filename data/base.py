@@ -4,11 +4,12 @@ Shapes: n images in the source; H, W, C height, width and channels of one image.
 """
 
 import hashlib
+from abc import ABC, abstractmethod
 
 import numpy as np
 
 
-class ImageSource:
+class ImageSource(ABC):
     """A finite, indexable set of images that have not been decoded yet.
 
     Attributes:
@@ -31,13 +32,13 @@ class ImageSource:
     def __len__(self) -> int:
         return int(self.block_sizes.sum())
 
+    @abstractmethod
     def read(self, index: int) -> tuple[bytes | np.ndarray, int | None]:
         """Returns the row as (encoded bytes or uint8 array (H, W) or (H, W, C), label or None)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def describe(self, index: int) -> str:
         """Returns "file:row", the sample's identity for people and logs."""
-        raise NotImplementedError
 
     def next_in_file(self, index: int) -> int:
         """Returns the index of the next row of the same file; the last row is followed by the first."""

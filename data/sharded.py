@@ -9,6 +9,7 @@ import io
 import os
 import re
 import tarfile
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -62,9 +63,9 @@ class ShardedSource(ImageSource):
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_opened": {}}
 
+    @abstractmethod
     def read_block(self, block: int, rows: np.ndarray) -> list[tuple[bytes, int | None]]:
         """Reads the given rows (global indices, ascending) of a block: a list of what `read` returns."""
-        raise NotImplementedError
 
     def open_file(self, path: str) -> Any:
         """Opens a shard for `opened`."""
