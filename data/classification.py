@@ -230,12 +230,9 @@ class LabelledSamples(OrderedSamples):
 
     def _sample(self, epoch: int, index: int, row: tuple[bytes | np.ndarray, int | None]) -> LabelledSample:
         decoded = decode_or_substitute(self.source, index, row, self.num_channels)
-        if decoded.substitute is None:
-            seen = index
-        else:
-            seen = decoded.substitute
+        if decoded.reason is not None:
             self.bad_images.add(index)
-        label = class_of(self.source, seen, decoded.label, self.label_map)
+        label = class_of(self.source, decoded.index, decoded.label, self.label_map)
         return LabelledSample(self._augment(epoch, index, decoded.image), label, epoch, index)
 
 

@@ -113,7 +113,7 @@ class DecodedRow(NamedTuple):
 
     image: torch.Tensor  # uint8 (C, H, W)
     label: int | None
-    substitute: int | None = None
+    index: int  # of the row that this is
     reason: str | None = None
 
 
@@ -126,7 +126,7 @@ def decode_or_substitute(
         RuntimeError: none of the images that follow can be decoded either.
     """
     try:
-        return DecodedRow(decode_image(row[0], num_channels), row[1])
+        return DecodedRow(decode_image(row[0], num_channels), row[1], index)
     except BadImageError as error:
         reason = error.reason
     substitute = index
@@ -207,7 +207,7 @@ class PretrainingSamples(OrderedSamples):
             "index": index,
             "epoch": epoch,
             "reason": decoded.reason,
-            "substitute": self.source.describe(decoded.substitute),
+            "substitute": self.source.describe(decoded.index),
         }
 
 
