@@ -38,3 +38,8 @@ def redact(text: str, token: str | None = None) -> str:
     """`text` without anything that looks like an access token of the Hub, and without `token`."""
     text = HUB_TOKEN.sub("hf_…", text)
     return text.replace(token, "…") if token else text
+
+
+def holds_token(text: str, token: str | None = None) -> bool:
+    """Whether `redact` would take something out."""
+    return redact(text, token) != text
