@@ -1,7 +1,7 @@
 """The flags that say which data, and how it is read."""
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, get_args, get_type_hints
 
 from huggingface_hub.dataclasses import type_validator
@@ -138,8 +138,9 @@ def check_types(arguments: Any) -> None:
 
     `huggingface_hub`'s `@strict` would do it, were it not for `HfArgumentParser`, which writes over `field.type`.
     """
-    for name, annotation in get_type_hints(type(arguments)).items():
-        value = getattr(arguments, name)
+    annotations = get_type_hints(type(arguments))
+    for name in (f.name for f in fields(arguments)):
+        value, annotation = getattr(arguments, name), annotations[name]
         if type(value) is int and float in (annotation, *get_args(annotation)):
             setattr(arguments, name, float(value))
         else:
