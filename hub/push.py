@@ -12,21 +12,19 @@ import json
 import logging
 import re
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, get_args
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, RepoUrl
-
-# the base of what the HTTP library raises, httpx or httpx2, whichever this huggingface_hub was built on
-from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
+from huggingface_hub import HfApi
+from huggingface_hub.errors import OfflineModeIsEnabled
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from .model_card import write_backbone_card
-from .privacy import holds_token, public, redact
+from .privacy import holds_token, public
+from .uploads import TRANSIENT_ERRORS, Files, Uploader, explain, may_pass
 
 logger = logging.getLogger(__name__)
 
@@ -35,20 +33,10 @@ WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "model-*-of-*.sa
 DOCUMENTS = ("config.json", "preprocessor_config.json", "metrics.jsonl")
 # seconds before each further attempt, unless the Hub asks for more
 RETRY_WAITS = (2.0, 8.0, 30.0, 60.0)
-LONGEST_WAIT = 300.0
-# not an answer of the Hub but a gateway's page, which huggingface_hub reads as JSON
-TRANSIENT_ERRORS = (HTTPError, json.JSONDecodeError)
-TRANSIENT_STATUSES = (408, 429)
-REMEDIES = {
-    401: "the Hub does not know the access token, or there is none: `hf auth login`, or set HF_TOKEN",
-    403: "the access token may not write there: `hf auth login` with one that may, or name a repository of your own",
-    404: "there is no such repository that the access token can see: look at its name, and at the token's permissions",
-}
 # of a card: what its snippets load
 SNIPPET_LINE = re.compile(r'^checkpoint = ".*"$', flags=re.MULTILINE)
 
 Backbone = Literal["repo", "revision", "none"]
-Result = TypeVar("Result")
 
 
 @dataclass
@@ -96,8 +84,8 @@ def check_access(repo_id: str, *, token: str | None = None, private: bool | None
         full_name = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         api.auth_check(full_name, write=True)  # of a repository that exists, the line above asks for nothing
     except (*TRANSIENT_ERRORS, OfflineModeIsEnabled) as error:
-        reason = _explain(error, repo_id, token)
-        if not _may_pass(error):
+        reason = explain(error, repo_id, token)
+        if not may_pass(error):
             raise PermissionError(reason) from None
         logger.warning("whether the result can be pushed is not known: %s", reason)
         return repo_id
@@ -131,7 +119,7 @@ def push_checkpoint(
         The report; its `error` is `None` when all is there.
     """
     report, branch = PushReport(repo_id), backbone_revision if backbone == "revision" else None
-    uploader = _Uploader(HfApi(token=token), private, commit_message, retry_waits)
+    uploader = Uploader(HfApi(token=token), private, commit_message, retry_waits)
     try:
         if branch == "main":
             raise ValueError("the encoder's branch cannot be main, where the model lies: name another")
@@ -140,18 +128,18 @@ def push_checkpoint(
         uploader.commit(url.repo_id, files_to_push(Path(folder), url.repo_id, token))
         report.url = str(url)
     except Exception as error:
-        report.error = _explain(error, report.repo_id, token)
+        report.error = explain(error, report.repo_id, token)
         return report
     if backbone != "none":
         try:
             _push_backbone(uploader, Path(folder), report, branch)
         except Exception as error:
             name = f"{report.repo_id}, branch {branch}" if branch else f"{report.repo_id}-backbone"
-            report.error = _explain(error, name, token)
+            report.error = explain(error, name, token)
     return report
 
 
-def files_to_push(folder: Path, repo_id: str, token: str | None = None) -> dict[str, Path | bytes]:
+def files_to_push(folder: Path, repo_id: str, token: str | None = None) -> Files:
     """What of a model's folder goes to `repo_id`: path in the repository to a file, or to content made for it.
 
     The card's snippet names the repository; `results.json` goes without the paths of this machine.
@@ -194,7 +182,7 @@ def _pictures(folder: Path, card: str) -> list[Path]:
     return [path for path in named if path.is_file() and path.resolve().is_relative_to(folder.resolve())]
 
 
-def _refuse_tokens(files: dict[str, Path | bytes], token: str | None) -> None:
+def _refuse_tokens(files: Files, token: str | None) -> None:
     for name, content in files.items():
         if not name.endswith((".safetensors", ".png")):
             text = (content if isinstance(content, bytes) else content.read_bytes()).decode("utf-8", "replace")
@@ -212,51 +200,7 @@ def _read_json(path: Path) -> Any:
         raise ValueError(f"{path} is not JSON: {error}") from None
 
 
-class _Uploader:
-    """The calls of `HfApi` that a push is made of, repeated where the Hub cannot be reached or is busy."""
-
-    def __init__(self, api: HfApi, private: bool | None, commit_message: str, waits: Sequence[float]):
-        self.api, self.private, self.commit_message, self.waits = api, private, commit_message, waits
-
-    def create(self, repo_id: str) -> RepoUrl:
-        """Make a repository, if there is none."""
-        return self._retried(self.api.create_repo, repo_id, private=self.private, exist_ok=True)
-
-    def commit(self, repo_id: str, files: dict[str, Path | bytes]) -> None:
-        """Add files to the main branch, all or none."""
-        self._commit(repo_id, _additions(files), None)
-
-    def replace(self, repo_id: str, files: dict[str, Path | bytes], branch: str) -> None:
-        """Make these the only files of another branch."""
-        self._retried(self.api.create_branch, repo_id, branch=branch, exist_ok=True)
-        present = self._retried(self.api.list_repo_files, repo_id, revision=branch)
-        stale = set(present) - files.keys() - {".gitattributes"}
-        self._commit(repo_id, [*_additions(files), *map(CommitOperationDelete, sorted(stale))], branch)
-
-    def _commit(self, repo_id: str, operations: list, branch: str | None) -> None:
-        additions = [operation for operation in operations if isinstance(operation, CommitOperationAdd)]
-        # huggingface_hub repeats the requests of this step itself, but neither those of the commit nor of the others
-        self.api.preupload_lfs_files(repo_id, additions, revision=branch, free_memory=False)
-        self._retried(self.api.create_commit, repo_id, operations, commit_message=self.commit_message, revision=branch)
-
-    def _retried(self, call: Callable[..., Result], *args: Any, **kwargs: Any) -> Result:
-        for wait in self.waits:
-            try:
-                return call(*args, **kwargs)
-            except TRANSIENT_ERRORS as error:
-                pause = max(wait, _requested_pause(error))
-                if not _may_pass(error) or pause > LONGEST_WAIT:
-                    raise
-                logger.warning("%s; trying again in %g s", str(error).splitlines()[0], pause)
-                time.sleep(pause)
-        return call(*args, **kwargs)
-
-
-def _additions(files: dict[str, Path | bytes]) -> list[CommitOperationAdd]:
-    return [CommitOperationAdd(name, content) for name, content in sorted(files.items())]
-
-
-def _push_backbone(uploader: _Uploader, folder: Path, report: PushReport, branch: str | None) -> None:
+def _push_backbone(uploader: Uploader, folder: Path, report: PushReport, branch: str | None) -> None:
     """Export the encoder, and upload it to a repository of its own, or to a branch; the report says where."""
     from .export import export_checkpoint
 
@@ -275,31 +219,6 @@ def _push_backbone(uploader: _Uploader, folder: Path, report: PushReport, branch
         else:
             uploader.commit(url.repo_id, files)
         report.backbone_url = f"{url}/tree/{branch}" if branch else str(url)
-
-
-def _may_pass(error: Exception) -> bool:
-    """Whether the same request may succeed later: no answer, a gateway's page, a rate limit, an error of the server."""
-    if not isinstance(error, HfHubHTTPError):
-        return True
-    return error.response.status_code in TRANSIENT_STATUSES or error.response.status_code >= 500
-
-
-def _requested_pause(error: Exception) -> float:
-    """Seconds of the answer's Retry-After, 0 if there is none."""
-    value = error.response.headers.get("Retry-After", "") if isinstance(error, HfHubHTTPError) else ""
-    return float(value) if value.isdecimal() else 0.0
-
-
-def _explain(error: Exception, repository: str, token: str | None) -> str:
-    """What failed and what would help, in one line and without a token."""
-    text = " ".join(str(error).split())
-    if isinstance(error, HfHubHTTPError) and error.response.status_code in REMEDIES:
-        text = f"{REMEDIES[error.response.status_code]} ({error.response.status_code})"
-    elif isinstance(error, TRANSIENT_ERRORS):
-        text = f"the Hub did not answer as it should ({text}). Nothing here was changed: push again later"
-    elif not isinstance(error, ValueError | OSError):
-        text = f"{type(error).__name__}: {text}"
-    return redact(f"{repository}: {text}", token)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
