@@ -240,7 +240,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--backbone_revision", default="backbone", help="that branch")
     parser.add_argument("--commit_message", default="Upload model")
     args = parser.parse_args(argv)
-    logging.basicConfig(format="%(message)s")
     report = push_checkpoint(
         args.checkpoint,
         args.repo_id,
