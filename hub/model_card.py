@@ -60,7 +60,13 @@ CLASSIFICATION_FACT_NAMES = {
 }
 METRIC_NAMES = {"accuracy": "top-1 accuracy", "top5_accuracy": "top-5 accuracy", "loss": "loss"}
 MCE_NAME = "mCE (AlexNet: 100)"
-TEST_SET_NAMES = {"imagenet_a": "ImageNet-A", "imagenet_r": "ImageNet-R", "imagenet_sketch": "ImageNet-Sketch"}
+TEST_SET_NAMES = {
+    "imagenet_a": "ImageNet-A",
+    "imagenet_r": "ImageNet-R",
+    "imagenet_sketch": "ImageNet-Sketch",
+    "imagenet_c": "ImageNet-C",
+    "corruptions": "the held-out images, corrupted on the fly",
+}
 
 
 def write_model_card(
@@ -116,8 +122,8 @@ def write_classification_card(folder: str | os.PathLike, *, results: Mapping[str
         folder: the model's folder.
         results: `results.json` of a run: `task` ("finetune" or "linear_probe"), and, all optional, `dataset`,
             `metrics` (`accuracy` and `top5_accuracy` as fractions, `loss`, and others by name), `robustness`
-            (`imagenet_a`, `imagenet_r`, `imagenet_sketch`, each with metrics of its own, and `corruptions` with
-            `per_corruption`, corruption to mean error, `mean_error`, as fractions, and `mce`, AlexNet's being 100),
+            (`imagenet_a`, `imagenet_r` and `imagenet_sketch`, each with metrics of its own; `imagenet_c`, and
+            `corruptions` made on the fly, each as `corruption_table` of `evaluation.robustness` returns it),
             `recipe`, `seed`, `commit`, `hardware` and `versions` (dicts).
         pictures: PNG files in `folder`.
 
@@ -133,8 +139,7 @@ def write_classification_card(folder: str | os.PathLike, *, results: Mapping[str
         )
     recipe = public(results.get("recipe") or {})
     title = _title(recipe, None)
-    metrics, robustness = results.get("metrics") or {}, dict(results.get("robustness") or {})
-    corruptions = robustness.pop("corruptions", {})
+    metrics, (test_sets, corruption_tables) = results.get("metrics") or {}, _robustness(results)
     return _write(
         folder,
         "classification.md",
@@ -150,8 +155,11 @@ def write_classification_card(folder: str | os.PathLike, *, results: Mapping[str
         making=MAKING[results["task"]],
         **_record(folder, results, CLASSIFICATION_FACT_NAMES, recipe, pictures),
         metrics=[(METRIC_NAMES.get(key, key), _figure(key, metrics.get(key))) for key in {**METRIC_NAMES, **metrics}],
-        robustness=_test_sets(robustness),
-        corruptions=_corruptions(corruptions),
+        test_sets=[
+            (TEST_SET_NAMES.get(key, key), _percent(found.get("accuracy")), _percent(found.get("top5_accuracy")))
+            for key, found in test_sets.items()
+        ],
+        corruption_tables=[(TEST_SET_NAMES[key], _corruptions(table)) for key, table in corruption_tables.items()],
     )
 
 
@@ -246,38 +254,37 @@ def _eval_results(data: dict[str, str], figures: list[tuple[str, str, float | No
     ]
 
 
+def _robustness(results: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The metrics of other test sets, and the tables of corruption errors."""
+    found = results.get("robustness") or {}
+    tables = {key: value for key, value in found.items() if "per_corruption" in value}
+    return {key: value for key, value in found.items() if key not in tables}, tables
+
+
 def _classification_results(results: Mapping[str, Any], recipe: Mapping[str, Any]) -> list[EvalResult]:
-    data, robustness = _own_data(results, recipe), dict(results.get("robustness") or {})
-    corruptions = robustness.pop("corruptions", {})
+    data, (test_sets, corruption_tables) = _own_data(results, recipe), _robustness(results)
     found = _eval_results(data, _accuracies(results.get("metrics") or {}))
-    for key, metrics in robustness.items():
-        test_set = {"dataset_name": TEST_SET_NAMES.get(key, key), "dataset_type": key}
-        found += _eval_results(test_set, _accuracies(metrics))
-    return found + _eval_results({**data, "dataset_config": "corrupted"}, _corruption_errors(corruptions))
+    for key, metrics in test_sets.items():
+        found += _eval_results(_test_set(key), _accuracies(metrics))
+    for key, table in corruption_tables.items():
+        images = {**data, "dataset_config": "corrupted"} if key == "corruptions" else _test_set(key)
+        figures = [("error", "mean error", table["mean_error"]), ("mce", MCE_NAME, table.get("mce"))]
+        found += _eval_results(images, figures)
+    return found
+
+
+def _test_set(key: str) -> dict[str, str]:
+    return {"dataset_name": TEST_SET_NAMES.get(key, key), "dataset_type": key}
 
 
 def _accuracies(metrics: Mapping[str, float]) -> list[tuple[str, str, float | None]]:
     return [("accuracy", METRIC_NAMES[key], metrics.get(key)) for key in ("accuracy", "top5_accuracy")]
 
 
-def _corruption_errors(corruptions: Mapping[str, Any]) -> list[tuple[str, str, float | None]]:
-    return [("error", "mean error", corruptions.get("mean_error")), ("mce", MCE_NAME, corruptions.get("mce"))]
-
-
-def _test_sets(robustness: Mapping[str, Mapping[str, float]]) -> list[tuple[str, str, str]]:
-    return [
-        (TEST_SET_NAMES.get(key, key), _percent(metrics.get("accuracy")), _percent(metrics.get("top5_accuracy")))
-        for key, metrics in robustness.items()
-    ]
-
-
-def _corruptions(corruptions: Mapping[str, Any]) -> list[tuple[str, str]]:
-    rows = [(name.replace("_", " "), _percent(error)) for name, error in corruptions.get("per_corruption", {}).items()]
-    if corruptions.get("mean_error") is not None:
-        rows.append(("**mean**", _percent(corruptions["mean_error"])))
-    if corruptions.get("mce") is not None:
-        rows.append((f"**{MCE_NAME}**", f"{corruptions['mce']:.1f}"))
-    return rows
+def _corruptions(table: Mapping[str, Any]) -> list[tuple[str, str]]:
+    rows = [(name.replace("_", " "), _percent(found["error"])) for name, found in table["per_corruption"].items()]
+    rows.append(("**mean**", _percent(table["mean_error"])))
+    return [*rows, (f"**{MCE_NAME}**", f"{table['mce']:.1f}")] if "mce" in table else rows
 
 
 def _figure(metric: str, value: float | None) -> str:
