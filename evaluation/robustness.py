@@ -2,6 +2,8 @@
 
 An error is a fraction of images classified wrong, in [0, 1]. A relative error is in per cent of AlexNet's on the same
 corruption, so that mCE, their mean, is 100 for AlexNet itself.
+
+Shapes: B images, C channels, H × W pixels, K classes of a model, k of them that are looked at.
 """
 
 import os
@@ -11,6 +13,11 @@ from importlib.resources import files
 from pathlib import Path
 from statistics import mean
 from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.modeling_outputs import ImageClassifierOutput
 
 # AlexNet's top-1 errors, each the mean over five severities: Hendrycks and Dietterich, ICLR 2019 (arXiv 1903.12261).
 # Names and order are those of the published folders.
@@ -64,9 +71,9 @@ def _wnids(name: str) -> tuple[str, ...]:
 def class_positions(classes: Sequence[str], label_names: Sequence[str]) -> list[int]:
     """Where a set's classes stand among the labels of a model.
 
-    `logits[:, class_positions(imagenet_a_wnids(), label_names)]` restricts 1,000 logits to the classes of ImageNet-A,
-    in the order of that list; `class_positions(set_label_names, imagenet_a_wnids())` gives the labels of a set of
-    images in the same order, also where a class has no image.
+    `RestrictedClassifier(model, class_positions(imagenet_a_wnids(), label_names))` has the classes of ImageNet-A, in
+    the order of that list; `class_positions(set_label_names, imagenet_a_wnids())` gives the labels of a set of images
+    in the same order, also where a class has no image.
 
     A label is found by its name. A model with 1,000 labels of which none is a wnid ("tench, Tinca tinca", "LABEL_0")
     is taken for one of ImageNet-1k, whose labels stand in the order of the sorted wnids.
@@ -93,6 +100,25 @@ def class_positions(classes: Sequence[str], label_names: Sequence[str]) -> list[
             "for ImageNet's offspring also one with any 1,000 names in the order of the sorted wnids"
         )
     return [position[name] for name in classes]
+
+
+class RestrictedClassifier(nn.Module):
+    """A classifier that knows only some of its classes, as ImageNet-A and -R are evaluated.
+
+    Args:
+        model: gives `logits` (B, K) for pixel_values (B, C, H, W).
+        positions: of the k classes, in the order of the new logits; see `class_positions`.
+    """
+
+    def __init__(self, model: nn.Module, positions: Sequence[int]):
+        super().__init__()
+        self.model = model
+        self.register_buffer("positions", torch.tensor(positions), persistent=False)
+
+    def forward(self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None) -> ImageClassifierOutput:
+        """Logits (B, k), and their cross entropy where there are labels (B,), in [0, k); −100 is left out."""
+        logits = self.model(pixel_values).logits[:, self.positions]
+        return ImageClassifierOutput(loss=None if labels is None else F.cross_entropy(logits, labels), logits=logits)
 
 
 # --- ImageNet-C -----------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import pickle
 import sys
 from importlib.resources import files
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from mimae.evaluation.robustness import (
     ARCHIVES,
     CORRUPTIONS,
     SEVERITIES,
+    RestrictedClassifier,
     class_positions,
     corruption_folders,
     corruption_markdown,
@@ -79,12 +81,32 @@ def test_labels_are_found_by_name_in_any_order():
     assert class_positions(imagenet_a_wnids()[3::7], imagenet_a_wnids()) == list(range(3, 200, 7))
 
 
-def test_the_best_class_of_a_restriction_is_one_of_the_set():
-    logits = torch.zeros(1, 1000)
-    logits[0, 0] = 9  # n01440764, the tench, is in neither set
-    logits[0, imagenet_wnids().index("n02007558")] = 1  # the flamingo is in ImageNet-R
-    positions = class_positions(imagenet_r_wnids(), imagenet_wnids())
-    assert imagenet_r_wnids()[logits[:, positions].argmax()] == "n02007558"
+class Classifier(torch.nn.Module):
+    """The mean colours of an image, through 1,000 random directions."""
+
+    def __init__(self):
+        super().__init__()
+        self.classifier = torch.nn.Linear(3, 1000)
+
+    def forward(self, pixel_values):
+        return SimpleNamespace(logits=self.classifier(pixel_values.mean((2, 3))))
+
+
+def test_a_restricted_classifier_chooses_the_best_of_its_classes():
+    model, images = Classifier(), torch.randn(8, 3, 4, 4)
+    restricted = RestrictedClassifier(model, class_positions(imagenet_r_wnids(), imagenet_wnids()))
+    logits = model(images).logits.tolist()
+    best = [max(imagenet_r_wnids(), key=lambda wnid: row[imagenet_wnids().index(wnid)]) for row in logits]
+    assert [imagenet_r_wnids()[index] for index in restricted(images).logits.argmax(1)] == best
+    assert restricted.state_dict().keys() == {"model.classifier.weight", "model.classifier.bias"}
+
+
+def test_the_loss_of_a_restricted_classifier_is_that_of_its_classes():
+    model, images = Classifier(), torch.randn(3, 3, 4, 4)
+    output = RestrictedClassifier(model, [7, 3])(images, labels=torch.tensor([0, 1, -100]))
+    first, second = (row - row.logsumexp(0) for row in model(images).logits[:2, [7, 3]])
+    torch.testing.assert_close(output.loss, -(first[0] + second[1]) / 2)
+    assert RestrictedClassifier(model, [7, 3])(images).loss is None
 
 
 def test_classes_that_a_model_does_not_have_are_named():
