@@ -51,6 +51,10 @@ class MIMAEConfig(ViTMAEConfig):
         mi_reduction: over the features of ẑ in L_min and L_approx, "mean" or "sum". With λ3 = 10 a sum over 768
             features would swamp the other terms.
         gather_negatives: whether the other processes' views serve as negatives, too.
+        drop_path_rate: of the last block; a block's residual branches are dropped at a rate that grows linearly from
+            0 in the first one. For fine-tuning; MAE pre-trains without.
+        classifier_pooling: what the classifier sees: the "mean" of the patch tokens, through a LayerNorm of its own
+            in place of the encoder's last, or the class token ("cls") after the encoder's last.
 
     Raises:
         StrictDataclassError (of huggingface_hub): a wrong type, or values that contradict each other; the message
@@ -76,6 +80,8 @@ class MIMAEConfig(ViTMAEConfig):
     train_approximator: bool = True
     mi_reduction: Literal["mean", "sum"] = "mean"
     gather_negatives: bool = True
+    drop_path_rate: float | int = 0.0
+    classifier_pooling: Literal["mean", "cls"] = "mean"
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> "MIMAEConfig":
@@ -161,6 +167,8 @@ class MIMAEConfig(ViTMAEConfig):
                 )
             if width % 4:
                 raise ValueError(f"{prefix}hidden_size={width} must be a multiple of 4 for 2D sin-cos positions")
+        if not 0 <= self.drop_path_rate < 1:
+            raise ValueError(f"drop_path_rate={self.drop_path_rate} must lie in 0..1, below 1")
 
     def validate_masking(self):
         """Part of `@strict`'s validation: every mask leaves visible and masked patches."""

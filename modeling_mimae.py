@@ -10,7 +10,7 @@ Symbols of the paper and of this file:
     latent_vector        ẑ_j      (B, N, D)         the same as one vector
     logits               φ(X̂)     (B, N, L, P)
 
-B images, N masks, L patches, V visible patches per mask, D width, P = patch_size² · C values of a patch.
+B images, N masks, L patches, V visible patches per mask, D width, P = patch_size² · C values of a patch, K classes.
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,8 @@ from torch import nn
 from transformers import ViTMAEForPreTraining, ViTMAEModel
 from transformers import initialization as init
 from transformers.conversion_mapping import WeightRenaming, register_checkpoint_conversion_mapping
-from transformers.modeling_outputs import ModelOutput
+from transformers.modeling_outputs import ImageClassifierOutput, ModelOutput
+from transformers.models.dinov2.modeling_dinov2 import Dinov2DropPath
 from transformers.models.vit_mae.modeling_vit_mae import (
     ViTMAEAttention,
     ViTMAEDecoder,
@@ -225,6 +226,8 @@ class MIMAEPreTrainedModel(ViTMAEPreTrainedModel):
     config_class = MIMAEConfig
     # V predicts a variance that is divided by; bfloat16 weights would not do
     _keep_in_fp32_modules_strict = ("approximator",)
+    # `Trainer` is told that the losses are means over a batch; else it would not average them over accumulated batches
+    accepts_loss_kwargs = False
 
     def post_init(self):
         # The official MAE draws q, k and v as one linear layer of 3D outputs. `_init_weights` reads it off the layers:
@@ -239,7 +242,10 @@ class MIMAEPreTrainedModel(ViTMAEPreTrainedModel):
     def _init_weights(self, module: nn.Module):
         if isinstance(module, nn.Linear):
             bound = (6 / (module.in_features + getattr(module, "initial_fan_out", module.out_features))) ** 0.5
-            init.uniform_(module.weight, -bound, bound)
+            if hasattr(module, "initial_std"):
+                init.trunc_normal_(module.weight, std=module.initial_std)
+            else:
+                init.uniform_(module.weight, -bound, bound)
             if module.bias is not None:
                 init.constant_(module.bias, getattr(module, "initial_bias", 0.0))
         elif isinstance(module, nn.LayerNorm):
@@ -294,13 +300,24 @@ class MIMAEPreTrainedModel(ViTMAEPreTrainedModel):
 class MIMAEModel(MIMAEPreTrainedModel, ViTMAEModel):
     """The encoder. `forward` and `encode` see the whole image and are deterministic; `forward_masked` sees views."""
 
-    # a pre-training checkpoint is loaded for its encoder without a word about the rest
-    _keys_to_ignore_on_load_unexpected = (r"^decoder\.", r"^approximator\.", r"^mi_gate\.")
+    # any checkpoint is loaded for its encoder without a word about the rest
+    _keys_to_ignore_on_load_unexpected = (
+        r"^decoder\.",
+        r"^approximator\.",
+        r"^mi_gate\.",
+        r"^pooler\.",  # of the stock ViT
+        r"^fc_norm\.",
+        r"^classifier\.",
+    )
 
     def __init__(self, config: MIMAEConfig):
         ViTMAEPreTrainedModel.__init__(self, config)
         self.embeddings = MIMAEEmbeddings(config)
         self.layers = nn.ModuleList(ViTMAELayer(config) for _ in range(config.num_hidden_layers))
+        for depth, layer in enumerate(self.layers):
+            rate = config.drop_path_rate * depth / max(1, config.num_hidden_layers - 1)
+            if rate > 0:  # both residual branches of a layer end in its dropout
+                layer.dropout = nn.Sequential(layer.dropout, Dinov2DropPath(rate))
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.post_init()
         self.freeze_fixed_parameters()
@@ -496,6 +513,89 @@ class MIMAEForPreTraining(MIMAEPreTrainedModel, ViTMAEForPreTraining):
         )
 
 
+class MIMAEForImageClassification(MIMAEPreTrainedModel):
+    """The encoder with a linear classifier, for fine-tuning as the official MAE does it.
+
+    With `classifier_pooling="mean"` the patch tokens are averaged before they are normalised: `fc_norm` takes the
+    place of the encoder's last LayerNorm, which is gone.
+    """
+
+    # a checkpoint is loaded for its encoder without a word about the rest
+    _keys_to_ignore_on_load_unexpected = (
+        r"^decoder\.",
+        r"^approximator\.",
+        r"^mi_gate\.",
+        r"^(vit\.)?pooler\.",  # of the stock ViT
+        r"^(vit\.)?layernorm\.",  # where the patches are averaged first
+    )
+
+    def __init__(self, config: MIMAEConfig):
+        super().__init__(config)
+        self.vit = MIMAEModel(config)
+        if config.classifier_pooling == "mean":
+            self.vit.layernorm = nn.Identity()
+            self.fc_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        else:
+            self.fc_norm = nn.Identity()
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.classifier.initial_std = 2e-5
+        self.post_init()
+        self.freeze_fixed_parameters()
+
+    def freeze_fixed_parameters(self):
+        """Nothing is fixed: fine-tuning moves the positions, too, as in the official MAE."""
+        self.vit.embeddings.position_embeddings.requires_grad_(True)
+
+    def encode(self, pixel_values: torch.Tensor) -> MIMAEModelOutput:
+        """Features as `MIMAEModel.encode`'s, but that `pooler_output` (B, D) is what the classifier sees."""
+        output = self.vit.encode(pixel_values)
+        output.pooler_output = self._pool(output.last_hidden_state)
+        return output
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
+        **kwargs,
+    ) -> ImageClassifierOutput:
+        """Logits (B, K), and their loss where there are labels.
+
+        Args:
+            pixel_values: (B, C, H, W), normalised.
+            labels: classes (B,), those of -100 left out, or probabilities (B, K), as mixup makes them.
+            interpolate_pos_encoding: take images of another size than the configuration's.
+
+        Raises:
+            ValueError: see `MIMAEEmbeddings.embed_patches`.
+        """
+        output = self.vit(pixel_values, interpolate_pos_encoding, return_dict=True, **kwargs)
+        logits = self.classifier(self._pool(output.last_hidden_state))  # (B, K)
+        return ImageClassifierOutput(
+            loss=None if labels is None else classification_loss(logits, labels),
+            logits=logits,
+            hidden_states=output.hidden_states,
+            attentions=output.attentions,
+        )
+
+    def _pool(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.fc_norm(pool_tokens(tokens, self.config.classifier_pooling))
+
+
+def classification_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of logits (B, K), a mean over the images; labels are classes (B,) or probabilities (B, K).
+
+    Classes of -100 do not count; where all are -100 the loss is 0.
+    """
+    logits = logits.float()
+    if labels.is_floating_point():
+        return nn.functional.cross_entropy(logits, labels)
+    count = (labels != -100).sum().clamp(min=1)
+    return nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="sum") / count
+
+
 MIMAEConfig.register_for_auto_class()
 MIMAEModel.register_for_auto_class("AutoModel")
 MIMAEForPreTraining.register_for_auto_class("AutoModelForPreTraining")
+MIMAEForImageClassification.register_for_auto_class("AutoModelForImageClassification")

@@ -1,9 +1,14 @@
 """The flags that say which data, and how it is read."""
 
+import logging
 from dataclasses import dataclass, field
 from typing import Any, get_args, get_type_hints
 
 from huggingface_hub.dataclasses import type_validator
+
+from .sources import ImageSource, open_image_source
+
+logger = logging.getLogger(__name__)
 
 # one of them says where the images are; a flag replaces whichever a recipe names
 PLACES = ("dataset_name", "train_dir", "data_files")
@@ -76,6 +81,41 @@ class DataArguments:
         check_types(self)
         self._check_one_place()
         self._check_ranges()
+
+    def open_split(self, split: str) -> ImageSource:
+        """One split of the images that the flags name; see `open_image_source`."""
+        return open_image_source(
+            split=split,
+            dataset_name=self.dataset_name,
+            dataset_config_name=self.dataset_config_name,
+            train_dir=self.train_dir,
+            data_files=self.data_files,
+            streaming=self.streaming,
+            image_column_name=self.image_column_name,
+            label_column_name=self.label_column_name,
+            cache_dir=self.cache_dir,
+        )
+
+    def open_held_out(self) -> ImageSource | None:
+        """Images that are not trained on: the validation folder or split that the flags name, or one there is."""
+        if self.validation_dir is not None:
+            return open_image_source(
+                split=self.validation_split or self.train_split,
+                train_dir=self.validation_dir,
+                cache_dir=self.cache_dir,
+            )
+        if self.data_files is not None:  # all of them are for training
+            return None
+        if self.validation_split is not None:
+            return self.open_split(self.validation_split)
+        for split in ("validation", "test"):
+            if split == self.train_split:
+                continue
+            try:
+                return self.open_split(split)
+            except ValueError as error:
+                logger.debug("there is no split %s: %s", split, error)
+        return None
 
     def _check_one_place(self) -> None:
         named = [name for name in PLACES if getattr(self, name)]
