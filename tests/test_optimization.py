@@ -9,7 +9,7 @@ from references import TINY
 from timm.models import VisionTransformer
 from timm.optim import param_groups_layer_decay
 
-from mimae import MIMAEConfig, MIMAEForPreTraining, MIMAEModel
+from mimae import MIMAEConfig, MIMAEForImageClassification, MIMAEForPreTraining
 from mimae.training.optimization import (
     WarmupCosine,
     build_adamw,
@@ -102,19 +102,10 @@ def test_a_step_with_found_inf_leaves_weights_moments_and_step_count_untouched(m
     assert {float(s["step"]) for s in optimizer.state.values()} == {1.0}
 
 
-class Classifier(torch.nn.Module):
-    """An encoder with a head behind it, as `MIMAEForImageClassification` has them."""
-
-    def __init__(self, depth: int):
-        super().__init__()
-        config = MIMAEConfig(**{**TINY, "num_hidden_layers": depth})
-        self.vit = MIMAEModel(config)
-        self.vit.embeddings.position_embeddings.requires_grad_(True)
-        self.classifier = torch.nn.Linear(config.hidden_size, 10)
-
-    @property
-    def base_model(self) -> MIMAEModel:
-        return self.vit
+def classifier(depth: int, pooling: str = "cls") -> MIMAEForImageClassification:
+    """A small one of this many blocks."""
+    sizes = {**TINY, "num_hidden_layers": depth}
+    return MIMAEForImageClassification(MIMAEConfig(**sizes, num_labels=10, classifier_pooling=pooling))
 
 
 def by_name(groups: list[dict], key: str) -> dict[str, float]:
@@ -142,10 +133,11 @@ def timm_name(name: str) -> str:
     return re.sub(r"attention\.[qkv]_proj", "attn.qkv", name)
 
 
-@pytest.mark.parametrize("depth", [2, 12])
-def test_layer_decay_scales_equal_timms_but_for_the_last_norm(depth):
-    groups = layer_decay_groups(Classifier(depth), weight_decay=0.05, layer_decay=0.65)
-    reference = VisionTransformer(img_size=16, patch_size=4, embed_dim=32, depth=depth, num_heads=4, num_classes=10)
+@pytest.mark.parametrize(("depth", "pooling", "timm_pooling"), [(2, "cls", "token"), (12, "mean", "avg")])
+def test_layer_decay_scales_equal_timms_but_for_the_last_norm(depth, pooling, timm_pooling):
+    groups = layer_decay_groups(classifier(depth, pooling), weight_decay=0.05, layer_decay=0.65)
+    sizes = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": depth, "num_heads": 4, "num_classes": 10}
+    reference = VisionTransformer(**sizes, global_pool=timm_pooling)
     timm_groups = param_groups_layer_decay(
         reference, 0.05, no_weight_decay_list=["cls_token", "pos_embed"], layer_decay=0.65
     )
@@ -163,7 +155,7 @@ def test_layer_decay_scales_equal_timms_but_for_the_last_norm(depth):
 
 
 def test_layer_decay_of_a_base_model_has_the_official_maes_scales():
-    scales = by_name(layer_decay_groups(Classifier(12), weight_decay=0.05, layer_decay=0.75), "lr_scale")
+    scales = by_name(layer_decay_groups(classifier(12), weight_decay=0.05, layer_decay=0.75), "lr_scale")
     expected = {
         "vit.embeddings.cls_token": 0.75**13,
         "vit.embeddings.position_embeddings": 0.75**13,
@@ -178,7 +170,7 @@ def test_layer_decay_of_a_base_model_has_the_official_maes_scales():
 
 
 def test_every_trainable_parameter_has_one_layer_and_frozen_ones_none():
-    model = Classifier(2)
+    model = classifier(2)
     model.vit.layers[0].requires_grad_(False)
     scales = by_name(layer_decay_groups(model, weight_decay=0.05, layer_decay=0.75), "lr_scale")
     assert set(scales) == {name for name, p in model.named_parameters() if p.requires_grad}
@@ -187,7 +179,7 @@ def test_every_trainable_parameter_has_one_layer_and_frozen_ones_none():
 
 
 def test_the_class_token_positions_and_vectors_do_not_decay():
-    model = Classifier(2)
+    model = classifier(2)
     decays = by_name(layer_decay_groups(model, weight_decay=0.05, layer_decay=0.75), "weight_decay")
     for name, parameter in model.named_parameters():
         is_vector = parameter.ndim <= 1 or name.endswith(("cls_token", "position_embeddings"))
@@ -195,18 +187,18 @@ def test_the_class_token_positions_and_vectors_do_not_decay():
 
 
 def test_a_layer_decay_of_1_leaves_two_groups():
-    groups = layer_decay_groups(Classifier(2), weight_decay=0.05, layer_decay=1.0)
+    groups = layer_decay_groups(classifier(2), weight_decay=0.05, layer_decay=1.0)
     assert [(group["lr_scale"], group["weight_decay"]) for group in groups] == [(1.0, 0.0), (1.0, 0.05)]
 
 
 @pytest.mark.parametrize("layer_decay", [0.0, -0.5, 1.5, math.nan])
 def test_a_layer_decay_out_of_range_is_refused(layer_decay):
     with pytest.raises(ValueError, match="layer_decay"):
-        layer_decay_groups(Classifier(1), weight_decay=0.05, layer_decay=layer_decay)
+        layer_decay_groups(classifier(1), weight_decay=0.05, layer_decay=layer_decay)
 
 
 def test_groups_keep_their_ratio_along_the_schedule_with_the_final_learning_rate_scaled_too():
-    optimizer = build_finetuning_adamw(Classifier(2), learning_rate=1e-3, weight_decay=0.05, layer_decay=0.5)
+    optimizer = build_finetuning_adamw(classifier(2), learning_rate=1e-3, weight_decay=0.05, layer_decay=0.5)
     schedule = WarmupCosine(peak=1e-3, final=1e-6, warmup_steps=2, total_steps=6)
     scheduler = schedule_as_lambda(optimizer, schedule)
     scales = [group["lr_scale"] for group in optimizer.param_groups]
@@ -220,7 +212,7 @@ def test_groups_keep_their_ratio_along_the_schedule_with_the_final_learning_rate
 
 
 def test_the_first_step_of_a_scaled_group_is_scaled():
-    model = Classifier(1)
+    model = classifier(1)
     optimizer = build_finetuning_adamw(model, learning_rate=1e-2, weight_decay=0.0, layer_decay=0.5)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     for parameter in model.parameters():

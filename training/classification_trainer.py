@@ -22,8 +22,8 @@ from transformers import (
 from transformers.trainer_utils import EvalLoopOutput
 
 from .averaging import WeightAverage
-from .linear_probe import IGNORED_LABEL
 
+IGNORED_LABEL = -100  # padding of an evaluation batch
 NUM_RANKED = 5  # classes that are kept of an image's logits: enough for top-5
 
 

@@ -11,11 +11,10 @@ from typing import Any, Literal
 import torch
 from timm.optim import Lars
 from torch import nn
-from torch.nn import functional as F
 from transformers import EvalPrediction
 from transformers.modeling_outputs import ImageClassifierOutput
 
-IGNORED_LABEL = -100  # padding of a batch, as in transformers
+from ..modeling_mimae import classification_loss
 
 
 class LinearProbe(nn.Module):
@@ -82,7 +81,7 @@ class LinearProbe(nn.Module):
         """
         features = self.norm(self.features(pixel_values))  # (B, D)
         logits = torch.stack([head(features) for head in self.heads], dim=1)  # (B, K, M)
-        loss = None if labels is None else sum(_cross_entropy(one, labels) for one in logits.unbind(dim=1))
+        loss = None if labels is None else sum(classification_loss(one, labels) for one in logits.unbind(dim=1))
         return ImageClassifierOutput(loss=loss, logits=logits)
 
     @torch.no_grad()
@@ -146,13 +145,6 @@ def metrics_of_heads(
         return {**heads[best], "best_learning_rate": learning_rates[best], **by_rate}
 
     return compute
-
-
-def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """(B, M) and labels → a scalar; torch's own mean is NaN where no image has a label."""
-    total = F.cross_entropy(logits.float(), labels, ignore_index=IGNORED_LABEL, reduction="sum")
-    count = len(labels) if labels.is_floating_point() else (labels != IGNORED_LABEL).sum().clamp(min=1)
-    return total / count
 
 
 def _leave_encoder_out(module: nn.Module, state: dict[str, torch.Tensor], prefix: str, metadata: Any) -> None:
