@@ -5,8 +5,9 @@
     mae     OUT.pth with the names of the official MAE, which ViTDet and mmsegmentation read
     mimae   a folder of this project, from whatever CHECKPOINT is
 
-CHECKPOINT is a folder or a Hub name of this project or of a ViTMAE, or an official MAE's `.pth`. What is written is
-read back as its users will, and compared with the checkpoint on random images, before it gets its name.
+CHECKPOINT is a folder or a Hub name of this project or of a ViTMAE, or a file with the names of the official MAE or of
+timm. What is written is read back as its users will, and compared with the checkpoint on random images, before it gets
+its name.
 """
 
 import argparse
@@ -63,11 +64,11 @@ def export_checkpoint(
     """Write a checkpoint in another format.
 
     Args:
-        checkpoint: folder or Hub name, or an official MAE's `.pth`; see `load_source`.
+        checkpoint: folder, Hub name or file; see `load_source`.
         out: folder or file; see `export`.
         to: "vit", "timm", "mae" or "mimae".
         overwrite: replace an earlier export.
-        known: of an official `.pth`, what its shapes do not tell; see `load_source`.
+        known: of a file, what its shapes do not tell; see `load_source`.
 
     Returns:
         The largest difference of an output, relative to the largest output of its kind; at most `TOLERANCE`.
@@ -80,14 +81,14 @@ def export_checkpoint(
 
 
 def load_source(checkpoint: str | os.PathLike, **known: Any) -> Source:
-    """A checkpoint of this project, of a ViTMAE in any of its layouts, or an official MAE's `.pth` file.
+    """A checkpoint of this project, of a ViTMAE in any of its layouts, or a file of an official MAE or of timm's ViT.
 
     Parameters in half precision become float32. The MAE of others is read as what it is, with one mask and no
     information terms.
 
     Args:
-        checkpoint: folder or Hub name, or the `.pth` file.
-        known: for the latter, `image_size`, `num_attention_heads` and `decoder_num_attention_heads`, where its shapes
+        checkpoint: folder or Hub name, or the `.pth` or `.safetensors` file.
+        known: of a file, `image_size`, `num_attention_heads` and `decoder_num_attention_heads`, where its shapes
             do not tell them; see `config_from_official`.
 
     Raises:
@@ -99,7 +100,7 @@ def load_source(checkpoint: str | os.PathLike, **known: Any) -> Source:
     if path.is_file():
         return _load_official(path, known)
     if any(value is not None for value in known.values()):
-        raise ValueError(f"{', '.join(known)} are for official .pth files; the config.json of {checkpoint} tells them")
+        raise ValueError(f"{', '.join(known)} are for single files; the config.json of {checkpoint} tells them")
     if path.is_dir() and not (path / "config.json").is_file():
         raise ValueError(f"{checkpoint} holds no config.json: name the folder of a model, or a checkpoint-* in it")
     return _load_pretrained(checkpoint)
@@ -171,7 +172,10 @@ def _load_official(path: Path, known: Mapping[str, Any]) -> Source:
 
 
 def _load_pretrained(checkpoint: str | os.PathLike) -> Source:
-    config, _ = PreTrainedConfig.get_config_dict(checkpoint)
+    try:
+        config, _ = PreTrainedConfig.get_config_dict(checkpoint)
+    except OSError as error:
+        raise OSError(f"{checkpoint} is no model here, nor one on the Hub that can be reached: {error}") from error
     architecture = (config.get("architectures") or ["a model without a name"])[0]
     if architecture not in _CLASSES:
         raise ValueError(f"{checkpoint} holds {architecture}; what can be exported is {', '.join(_CLASSES)}")
@@ -182,8 +186,8 @@ def _load_pretrained(checkpoint: str | os.PathLike) -> Source:
             output_loading_info=True,
             **(PLAIN_MAE if architecture.startswith("ViTMAE") else {}),
         )
-    except RuntimeError as error:
-        raise ValueError(f"{checkpoint}: parameters do not fit its config.json ({error})") from error
+    except (RuntimeError, StrictDataclassError, SafetensorError) as error:
+        raise ValueError(f"{checkpoint}: a config.json or parameters that cannot be used ({error})") from error
     if missing := sorted(name for name in info["missing_keys"] if not name.startswith("mi_gate.")):
         raise ValueError(f"{checkpoint} lacks {len(missing)} parameters of a {architecture}, {missing[0]} among them")
     return Source(Path(checkpoint), model.eval(), _processor_file(checkpoint))
@@ -230,7 +234,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     try:
         written = export(load_source(args.checkpoint, **known), args.out, args.to, overwrite=args.overwrite)
-    except (ValueError, OSError, SafetensorError, StrictDataclassError) as error:
+    except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     print(
@@ -243,11 +247,11 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m mimae.hub.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="folder or Hub name, or an official MAE's .pth file")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="folder, Hub name, or file of an official MAE")
     parser.add_argument("out", metavar="OUT", type=Path, help="folder or file to write")
     parser.add_argument("--to", choices=FORMATS, required=True, help="format to write")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
-    official = parser.add_argument_group("of an official .pth file, where its shapes do not tell")
+    official = parser.add_argument_group("of a file, where its shapes do not tell")
     official.add_argument("--num_attention_heads", type=int, help="of the encoder, where its width is not standard")
     official.add_argument("--decoder_num_attention_heads", type=int, help="of the decoder, likewise")
     official.add_argument("--image_size", type=int, nargs=2, metavar=("H", "W"), help="of images that are not square")

@@ -4,6 +4,7 @@ B images, L patches, D width, P values of a patch, K classes.
 """
 
 import json
+import logging
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -20,6 +21,8 @@ from transformers import ViTConfig, ViTForImageClassification, ViTModel
 from ..modeling_mimae import MIMAEForImageClassification, MIMAEForPreTraining, MIMAEPreTrainedModel
 from .official_mae import model_from_official, official_state, read_official_file
 from .timm_vit import TimmArchitecture, timm_architecture, timm_state
+
+logger = logging.getLogger(__name__)
 
 PROCESSOR_NAME = "preprocessor_config.json"
 
@@ -212,6 +215,10 @@ class OfficialMAE(Format):
     kinds = (".pth",)
 
     def write(self, source: Source, path: Path) -> None:
+        if getattr(source.model, "approximator", None) is not None:
+            logger.warning(
+                "the approximator V and the gate have no place in the official MAE's layout and stay behind"
+            )
         torch.save({"model": official_state(source.model)}, path)
 
     def read_back(self, source: Source, path: Path, images: torch.Tensor) -> list[Outputs]:

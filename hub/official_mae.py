@@ -12,10 +12,13 @@ import os
 import pickle
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from ..configuration_mimae import MIMAEConfig
 from ..modeling_mimae import MIMAEForImageClassification, MIMAEForPreTraining, MIMAEModel, MIMAEPreTrainedModel
@@ -125,7 +128,7 @@ def config_from_official(state: Mapping[str, torch.Tensor], **known: Any) -> MIM
 
 
 def read_official_file(path: str | os.PathLike) -> dict[str, torch.Tensor]:
-    """The parameters in an official `.pth` file: its entry "model", or all of it.
+    """The parameters in an official `.pth` file, its entry "model" or all of it, or in a `.safetensors` file.
 
     Nothing in the file is executed: beside tensors and plain values, only an `argparse.Namespace` is taken, in which
     official files keep the flags of their run.
@@ -135,9 +138,11 @@ def read_official_file(path: str | os.PathLike) -> dict[str, torch.Tensor]:
         OSError: it cannot be read.
     """
     try:
+        if Path(path).suffix == ".safetensors":
+            return load_file(path)
         with torch.serialization.safe_globals([argparse.Namespace]):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+    except (pickle.UnpicklingError, EOFError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[:1]
         raise ValueError(
             f"{path} is damaged, or holds more than tensors and plain values ({''.join(reason)}). Nothing in it was "

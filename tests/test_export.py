@@ -195,6 +195,15 @@ def export_and_load(source, out, **known):
     return classes[architecture].from_pretrained(out).eval()
 
 
+def test_it_is_said_that_v_stays_behind(tmp_path, caplog):
+    checkpoint(tmp_path / "full", "pre-training")
+    checkpoint(tmp_path / "plain", "pre-training", mi_min_weight=0)
+    export_checkpoint(tmp_path / "plain", tmp_path / "plain.pth", "mae")
+    assert "approximator" not in caplog.text
+    export_checkpoint(tmp_path / "full", tmp_path / "full.pth", "mae")
+    assert "the approximator V and the gate have no place" in caplog.text
+
+
 def test_labels_travel(tmp_path):
     checkpoint(tmp_path / "in", "cls")
     export_checkpoint(tmp_path / "in", tmp_path / "vit", "vit")
@@ -254,6 +263,14 @@ def test_the_image_processor_travels(tmp_path):
         assert list(AutoImageProcessor.from_pretrained(tmp_path / to).image_mean) == [0.1] * 3
     settings = timm.create_model(f"local-dir:{tmp_path / 'timm'}").pretrained_cfg
     assert [list(settings[name]) for name in ("mean", "std", "input_size")] == [[0.1] * 3, [0.2] * 3, [3, 16, 16]]
+
+
+def test_what_timm_reads_is_imported_again(tmp_path):
+    model = checkpoint(tmp_path / "in", "mean")
+    export_checkpoint(tmp_path / "in", tmp_path / "out.safetensors", "timm")
+    again = export_and_load(tmp_path / "out.safetensors", tmp_path / "again", num_attention_heads=4)
+    for name, value in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value), name
 
 
 # --- timm's names
@@ -442,6 +459,9 @@ def test_damaged_and_foreign_files_are_refused(tmp_path):
     path.write_text("no checkpoint")
     with pytest.raises(ValueError, match=r"in\.pth is damaged"):
         export_checkpoint(path, tmp_path / "out", "mimae", **HEADS)
+    (tmp_path / "in.safetensors").write_text("no checkpoint")
+    with pytest.raises(ValueError, match=r"in\.safetensors is damaged"):
+        export_checkpoint(tmp_path / "in.safetensors", tmp_path / "out", "mimae", **HEADS)
     torch.save([torch.zeros(1)], path)
     with pytest.raises(ValueError, match="holds no parameters"):
         export_checkpoint(path, tmp_path / "out", "mimae", **HEADS)
@@ -607,15 +627,19 @@ def test_checkpoints_that_are_none_are_refused_in_one_line(tmp_path, capsys):
     model = checkpoint(tmp_path / "partial", "encoder")
     state = {name: value for name, value in model.state_dict().items() if name != "layernorm.bias"}
     model.save_pretrained(tmp_path / "partial", state_dict=state)
-    checkpoint(tmp_path / "other", "encoder")
-    config = json.loads((tmp_path / "other" / "config.json").read_text())
-    (tmp_path / "other" / "config.json").write_text(json.dumps({**config, "hidden_size": 64}))
+    for name, change in (("other", {"hidden_size": 64}), ("config", {"num_attention_heads": 5}), ("damaged", {})):
+        checkpoint(tmp_path / name, "encoder")
+        config = json.loads((tmp_path / name / "config.json").read_text())
+        (tmp_path / name / "config.json").write_text(json.dumps({**config, **change}))
+    os.truncate(tmp_path / "damaged" / "model.safetensors", 1000)
     cases = {
         "empty": "holds no config.json",
         "bert": "holds BertModel",
         "partial": "lacks 1 parameters of a MIMAEModel, layernorm.bias among them",
-        "other": "parameters do not fit its config.json",
-        "nowhere/at/all": "nowhere/at/all",
+        "other": "cannot be used",
+        "config": "hidden_size=32 is not divisible by num_attention_heads=5",
+        "damaged": "cannot be used",
+        "nowhere/at/all": "nowhere/at/all is no model here",
     }
     for name, message in cases.items():
         assert main([str(tmp_path / name), str(tmp_path / "out"), "--to", "vit"]) == 1
