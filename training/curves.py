@@ -8,8 +8,8 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ..evaluation.pictures import save_figure
 from .jsonl import read_jsonl
-from .pictures import save_figure
 
 logger = logging.getLogger(__name__)
 
