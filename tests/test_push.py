@@ -272,6 +272,14 @@ def test_a_failure_that_passes_costs_nothing_but_time(client, hub, run, status, 
     assert hub.repositories[repo_id].messages == ["initial commit", "Upload model"]
 
 
+def test_what_huggingface_hub_repeats_itself_is_left_to_it(client, hub, run):
+    log = client.log.stat().st_size
+    hub.fail_next(503, path_contains="/preupload/")
+    assert client.push(run, "someone/theirs")["error"] is None
+    assert calls(hub, "/preupload/") == [503, 200]
+    assert b"trying again" not in client.log.read_bytes()[log:]
+
+
 def test_the_pause_that_the_hub_asks_for_is_kept(client, hub, run):
     hub.fail_next(429, path_contains="/commit/", Retry_After="1")
     assert client.push(run, "someone/patient")["error"] is None
