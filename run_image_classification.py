@@ -13,9 +13,9 @@ Exit codes: 0 done; 1 on an error, or when all is done but the upload failed.
 
 import logging
 import math
+import os
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
@@ -29,11 +29,12 @@ from torch import nn
 from transformers import EvalPrediction, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from mimae import MIMAEConfig, MIMAEForImageClassification
-from mimae.data.augmentation import Transform, finetuning_transform, mixing, normalized, probe_transform
+from mimae import MIMAEConfig, MIMAEForImageClassification, MIMAEModel
+from mimae.data.augmentation import Mixing, Transform, finetuning_transform, mixing, normalized, probe_transform
 from mimae.data.classification import ClassificationEvaluationLoader, ClassificationLoader
 from mimae.data.processor import build_image_processor, channel_statistics
 from mimae.data.sources import ImageSource, open_image_source
+from mimae.data.subsets import SubsetSource, low_shot_indices, read_subset_file
 from mimae.data.transforms import Normalization, evaluation_transform
 from mimae.evaluation.metrics import TopKAccuracy
 from mimae.evaluation.probes import knn_accuracies
@@ -52,11 +53,14 @@ from mimae.training.classification_results import write_classification_results
 from mimae.training.classification_trainer import ClassificationTrainer
 from mimae.training.features import gather_features
 from mimae.training.linear_probe import LinearProbe, build_probe_lars, metrics_of_heads
+from mimae.training.metrics_log import MetricsLog
 from mimae.training.optimization import WarmupCosine, build_finetuning_adamw, schedule_as_lambda
 from mimae.training.processes import limit_cpu_threads, on_main_process, start_logging
+from mimae.training.results import device_name
 from mimae.training.run_folder import claim_output_dir, clear_output_dir
 from mimae.training.warm_start import Checkpoint, UnfitCheckpointError
 
+from mimae.modeling_mimae import MIMAEPreTrainedModel
 logger = logging.getLogger("mimae")
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -79,14 +83,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     output_dir = start_processes(args, recipe)
     set_seed(args.seed)
+    repo_id = claim_repository(hub_args, output_dir)
     run = ClassificationRun(model_args, data_args, args, model_fields, output_dir)
     tasks = {"finetune": run.finetune, "linear_probe": run.linear_probe, "knn": run.knn, "evaluate": run.evaluate}
-    result = tasks[args.task]()
+    results = tasks[args.task]()
     if not PartialState().is_main_process:
         return 0
-    values = {**vars(model_args), **vars(data_args), **vars(args), **vars(hub_args), **model_fields}
-    print(write_classification_results(output_dir, task=args.task, seed=args.seed, recipe=values, **result))
-    return 0
+    recipe_values = {**vars(model_args), **vars(data_args), **vars(args), **vars(hub_args), **model_fields}
+    facts = {**run.facts(), "recipe": recipe_values}
+    print(write_classification_results(output_dir, facts=facts, **results))
+    return push_result(output_dir, repo_id, hub_args) 
 
 
 def start_processes(args: ClassificationArguments, recipe: Path) -> Path:
@@ -159,27 +165,25 @@ class ClassificationRun:
             betas=(args.adam_beta1, args.adam_beta2),
         )
         trainer = self.trainer(
-            model, loader, optimizer, learning_rate, accuracy_of_classes, names, average_decay=args.ema_decay
+            model, loader, optimizer, learning_rate, accuracy_of_classes, average_decay=args.ema_decay
         )
-        metrics, classes, targets = self.train_and_test(trainer, names)
-        if PartialState().is_main_process:
-            model.save_pretrained(self.output_dir)
-            build_image_processor(self.image_size, self.mean, self.std).save_pretrained(self.output_dir)
+        metrics, classes, targets = self.train_and_test(trainer)
+        self.save(model)
         return {
             "metrics": metrics,
+            "robustness": self.robustness(model, names),
             "label_names": names,
             "predictions": (targets, classes[:, 0]),
-            "features": self.pictured_features(model),
-            **self.facts(),
+            "features": self.pictured_features(model, names),
         }
 
     def linear_probe(self) -> dict[str, Any]:
         """Trains linear classifiers on frozen features, one for each learning rate, and tests them."""
         names = class_names(self.training_images)
-        encoder, config = self.load_encoder()
+        encoder = self.load_encoder()
         probe = LinearProbe(
             encoder,
-            feature_size=config.hidden_size,
+            feature_size=encoder.config.hidden_size,
             num_classes=len(names),
             learning_rates=[self.scaled(rate) for rate in self.args.probe_learning_rates],
             pooling=self.args.feature_pooling,
@@ -197,33 +201,22 @@ class ClassificationRun:
             build_probe_lars(probe),
             max(probe.learning_rates),
             metrics_of_heads(probe.learning_rates, accuracy_of_classes),
-            names,
         )
-        metrics, _, _ = self.train_and_test(trainer, names)
-        return {"metrics": metrics, "label_names": names, "features": self.pictured_features(encoder), **self.facts()}
+        metrics, _, _ = self.train_and_test(trainer)
+        return {"metrics": metrics, "label_names": names, "features": self.pictured_features(encoder, names)}
 
     def knn(self) -> dict[str, Any]:
         """The weighted votes of the nearest training images."""
         names = class_names(self.training_images)
-        encoder, _ = self.load_encoder()
-        features = self.features(encoder, self.training_images)
-        test_features, test_labels = self.features(encoder, self.held_out_images)
-        if not PartialState().is_main_process:
-            return {}
-        test_labels = np.array(class_positions(self.held_out_names, names))[test_labels]
-        accuracies = knn_accuracies(
-            *features, test_features, test_labels, ks=self.args.knn_k, temperature=self.args.knn_temperature
-        )
+        encoder = self.load_encoder()
+        train, test = self.features(encoder, self.training_images), self.features(encoder, self.held_out_images, names)
+        accuracies = knn_accuracies(*train, *test, ks=self.args.knn_k, temperature=self.args.knn_temperature)
         best = max(accuracies, key=accuracies.__getitem__)
+        by_k = {f"accuracy_k_{k}": accuracy for k, accuracy in accuracies.items()}
         return {
-            "metrics": {
-                "accuracy": accuracies[best],
-                "best_k": best,
-                **{f"accuracy_k_{k}": accuracy for k, accuracy in accuracies.items()},
-            },
+            "metrics": {"accuracy": accuracies[best], "best_k": best, **by_k},
             "label_names": names,
-            "features": (test_features[:PICTURED_IMAGES], test_labels[:PICTURED_IMAGES]),
-            **self.facts(),
+            "features": self.pictured_features(encoder, names),
         }
 
     def evaluate(self) -> dict[str, Any]:
@@ -241,8 +234,7 @@ class ClassificationRun:
             "robustness": self.robustness(model, names),
             "label_names": names,
             "predictions": (targets, classes[:, 0]),
-            "features": self.pictured_features(model),
-            **self.facts(),
+            "features": self.pictured_features(model, names),
         }
 
     def robustness(self, model: nn.Module, names: Sequence[str]) -> dict[str, Any]:
@@ -420,6 +412,7 @@ class ClassificationRun:
             eval_loader=self.evaluation_loader(self.held_out_images, class_names(self.training_images)),
             optimizers=(optimizer, schedule_as_lambda(optimizer, schedule)),
             compute_metrics=compute_metrics,
+            callbacks=[MetricsLog],
             **options,
         )
 
@@ -473,10 +466,14 @@ class ClassificationRun:
         return trainer.test(self.evaluation_loader(source, names, transform))
 
     def features(
-        self, model: nn.Module, source: ImageSource, indices: np.ndarray | None = None
+        self,
+        model: nn.Module,
+        source: ImageSource,
+        names: Sequence[str] | None = None,
+        indices: np.ndarray | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Features (n, D) and the source's labels (n,), of all of its images by default."""
-        return gather_features(
+        """Features (n, D) and labels (n,) of images, all by default; labels are places in `names`, or as they are."""
+        features, labels = gather_features(
             model.to(self.device),
             source,
             np.arange(len(source)) if indices is None else indices,
@@ -488,6 +485,36 @@ class ClassificationRun:
                 "num_workers": self.data_args.dataloader_num_workers,
             },
         )
+        places = None if names is None else label_map(source, names)
+        return features, labels if places is None else places[labels]
+
+    def pictured_features(self, model: nn.Module, names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Features and labels of a part of the held-out images, for their map."""
+        return self.features(
+            model, self.held_out_images, names, probe_indices(self.held_out_images, PICTURED_IMAGES)
+        )
+
+    # --- what is kept -----------------------------------------------------------------------------------------------
+
+    def save(self, model: MIMAEForImageClassification) -> None:
+        """The model and its image processor, in the run's folder."""
+        if PartialState().is_main_process:
+            model.save_pretrained(self.output_dir)
+            build_image_processor(self.image_size, self.mean, self.std).save_pretrained(self.output_dir)
+
+    def facts(self) -> dict[str, Any]:
+        """What was done, to what, and on which machine."""
+        state, data_args = PartialState(), self.data_args
+        return {
+            "task": self.args.task,
+            "model": self.model_args.model_name_or_path or self.model_args.preset or "a model of the recipe's sizes",
+            "untrained": self.args.untrained,
+            "dataset": data_args.dataset_name
+            or ("local images" if data_args.train_dir or data_args.data_files else "digits"),
+            "test_images": len(self.held_out_images),
+            "seed": self.args.seed,
+            "hardware": {"device": device_name(state.device), "processes": state.num_processes},
+        }
 
 
 def class_names(source: ImageSource) -> list[str]:
