@@ -36,6 +36,7 @@ from mimae.data.processor import build_image_processor, channel_statistics
 from mimae.data.sources import ImageSource, open_image_source
 from mimae.data.subsets import SubsetSource, low_shot_indices, read_subset_file
 from mimae.data.transforms import Normalization, evaluation_transform
+from mimae.evaluation.corruptions import CorruptedTransform
 from mimae.evaluation.metrics import TopKAccuracy
 from mimae.evaluation.probes import knn_accuracies
 from mimae.evaluation.robustness import (
@@ -47,20 +48,22 @@ from mimae.evaluation.robustness import (
     imagenet_a_wnids,
     imagenet_r_wnids,
 )
-from mimae.training.arguments import HubArguments, ModelArguments, parse_arguments
+from mimae.modeling_mimae import MIMAEPreTrainedModel
+from mimae.training.arguments import HubArguments, ModelArguments, RecipeError, parse_arguments
 from mimae.training.classification_arguments import ClassificationArguments, ClassificationDataArguments
 from mimae.training.classification_results import write_classification_results
 from mimae.training.classification_trainer import ClassificationTrainer
 from mimae.training.features import gather_features
 from mimae.training.linear_probe import LinearProbe, build_probe_lars, metrics_of_heads
 from mimae.training.metrics_log import MetricsLog
+from mimae.training.monitors import probe_indices
 from mimae.training.optimization import WarmupCosine, build_finetuning_adamw, schedule_as_lambda
 from mimae.training.processes import limit_cpu_threads, on_main_process, start_logging
+from mimae.training.publishing import claim_repository
 from mimae.training.results import device_name
 from mimae.training.run_folder import claim_output_dir, clear_output_dir
 from mimae.training.warm_start import Checkpoint, UnfitCheckpointError
 
-from mimae.modeling_mimae import MIMAEPreTrainedModel
 logger = logging.getLogger("mimae")
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -81,9 +84,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     (model_args, data_args, args, hub_args), model_fields, recipe = parse_arguments(
         argv, groups, MIMAEConfig, default_recipe=RECIPES / "digits" / "finetune.yaml", description=__doc__
     )
+    if hub_args.push_to_hub and not args.leaves_model:
+        raise RecipeError(f"--push_to_hub: --task {args.task} with these flags leaves no model to push")
     output_dir = start_processes(args, recipe)
     set_seed(args.seed)
-    repo_id = claim_repository(hub_args, output_dir)
+    repo_id = claim_repository(hub_args.push_to_hub, hub_args.hub_model_id, hub_args.hub_private_repo, output_dir)
     run = ClassificationRun(model_args, data_args, args, model_fields, output_dir)
     tasks = {"finetune": run.finetune, "linear_probe": run.linear_probe, "knn": run.knn, "evaluate": run.evaluate}
     results = tasks[args.task]()
@@ -92,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     recipe_values = {**vars(model_args), **vars(data_args), **vars(args), **vars(hub_args), **model_fields}
     facts = {**run.facts(), "recipe": recipe_values}
     print(write_classification_results(output_dir, facts=facts, **results))
-    return push_result(output_dir, repo_id, hub_args) 
+    return push_result(output_dir, repo_id, hub_args)
 
 
 def start_processes(args: ClassificationArguments, recipe: Path) -> Path:
@@ -137,8 +142,7 @@ class ClassificationRun:
         """Trains the whole model, tests it and saves it in the run's folder."""
         args = self.args
         names = class_names(self.training_images)
-        labels = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
-        model = self.load(MIMAEForImageClassification, self.config(**labels))
+        model = self.load(MIMAEForImageClassification, self.config(numbered(names)))
         transform = finetuning_transform(
             self.image_size,
             mean=self.mean,
@@ -171,7 +175,7 @@ class ClassificationRun:
         self.save(model)
         return {
             "metrics": metrics,
-            "robustness": self.robustness(model, names),
+            "robustness": self.robustness(trainer, names),
             "label_names": names,
             "predictions": (targets, classes[:, 0]),
             "features": self.pictured_features(model, names),
@@ -203,6 +207,9 @@ class ClassificationRun:
             metrics_of_heads(probe.learning_rates, accuracy_of_classes),
         )
         metrics, _, _ = self.train_and_test(trainer)
+        if self.args.leaves_model:
+            best = probe.as_linear(probe.learning_rates.index(metrics["best_learning_rate"]))
+            self.save(self.probing_classifier(encoder, best, names))
         return {"metrics": metrics, "label_names": names, "features": self.pictured_features(encoder, names)}
 
     def knn(self) -> dict[str, Any]:
@@ -228,49 +235,40 @@ class ClassificationRun:
         config = self.config()
         names = [config.id2label[i] for i in range(config.num_labels)]
         model = self.load(MIMAEForImageClassification, config)
-        metrics, classes, targets = self.test(model, self.held_out_images, names)
+        trainer = self.tester(model)
+        metrics, classes, targets = trainer.test(self.evaluation_loader(self.held_out_images, names))
         return {
             "metrics": metrics,
-            "robustness": self.robustness(model, names),
+            "robustness": self.robustness(trainer, names),
             "label_names": names,
             "predictions": (targets, classes[:, 0]),
             "features": self.pictured_features(model, names),
         }
 
-    def robustness(self, model: nn.Module, names: Sequence[str]) -> dict[str, Any]:
-        """The metrics of each further set that the flags name."""
-        found: dict[str, Any] = {}
+    def robustness(self, trainer: ClassificationTrainer, names: Sequence[str]) -> dict[str, Any]:
+        """The trainer's model on each further set that the flags name."""
+        data_args, found = self.data_args, {}
         for key, wnids in (("imagenet_a", imagenet_a_wnids()), ("imagenet_r", imagenet_r_wnids())):
-            if folder := getattr(self.data_args, f"{key}_dir"):
-                restricted = RestrictedClassifier(model, class_positions(wnids, names))
-                found[key] = self.test(restricted, open_folder(folder), wnids)[0]
-        if folder := self.data_args.imagenet_sketch_dir:
-            found["imagenet_sketch"] = self.test(model, open_folder(folder), names)[0]
-        if folder := self.data_args.imagenet_c_dir:
-            cropped = evaluation_transform(self.image_size, crop_ratio=1)  # the published images are
-            errors = {
-                key: 1 - self.test(model, open_folder(images), names, cropped)[0]["accuracy"]
+            if folder := getattr(data_args, f"{key}_dir"):
+                restricted = self.tester(RestrictedClassifier(trainer.model, class_positions(wnids, names)))
+                found[key], _, _ = restricted.test(self.evaluation_loader(open_folder(folder), wnids))
+        if folder := data_args.imagenet_sketch_dir:
+            found["imagenet_sketch"], _, _ = trainer.test(self.evaluation_loader(open_folder(folder), names))
+        if folder := data_args.imagenet_c_dir:
+            cropped = evaluation_transform(self.image_size, crop_ratio=1)  # as the published images are
+            loaders = {
+                key: self.evaluation_loader(open_folder(images), names, cropped)
                 for key, images in corruption_folders(folder).items()
             }
-            found["imagenet_c"] = corruption_table(errors, relative_to_alexnet=True)
-        if self.data_args.corruptions:
-            found["corruptions"] = corruption_table(self.corruption_errors(model, names))
+            found["imagenet_c"] = corruption_table(errors_of(trainer, loaders), relative_to_alexnet=True)
+        if data_args.corruptions:
+            loaders = {
+                (corruption, severity): self.corrupted_loader(names, corruption, severity)
+                for corruption in data_args.corruptions
+                for severity in SEVERITIES
+            }
+            found["corruptions"] = corruption_table(errors_of(trainer, loaders))
         return found
-
-    def corruption_errors(self, model: nn.Module, names: Sequence[str]) -> dict[tuple[str, int], float]:
-        """Errors on the held-out images, corrupted on the fly in every way and severity."""
-        from mimae.evaluation.corruptions import CorruptedTransform  # its library is optional
-
-        errors = {}
-        for corruption in self.data_args.corruptions:
-            for severity in SEVERITIES:
-                transform = CorruptedTransform(
-                    self.image_size, corruption, severity, crop_ratio=self.args.evaluation_crop_ratio
-                )
-                metrics, _, _ = self.test(model, self.held_out_images, names, transform)
-                errors[corruption, severity] = 1 - metrics["accuracy"]
-                logger.info("%s %d: error %.1f %%", corruption, severity, 100 * errors[corruption, severity])
-        return errors
 
     # --- images -----------------------------------------------------------------------------------------------------
 
@@ -336,6 +334,13 @@ class ClassificationRun:
             pin_memory=self.device.type == "cuda",
         )
 
+    def corrupted_loader(self, names: Sequence[str], corruption: str, severity: int) -> ClassificationEvaluationLoader:
+        """The held-out images, corrupted on the fly."""
+        transform = CorruptedTransform(
+            self.image_size, corruption, severity, crop_ratio=self.args.evaluation_crop_ratio
+        )
+        return self.evaluation_loader(self.held_out_images, names, transform)
+
     @property
     def evaluation_transform(self) -> nn.Module:
         return evaluation_transform(self.image_size, crop_ratio=self.args.evaluation_crop_ratio)
@@ -366,6 +371,15 @@ class ClassificationRun:
         """What gives frozen features; its `pooler_output` is pooled as the flags say."""
         model_class = self.checkpoint.encoder_class if self.checkpoint else MIMAEModel
         return self.load(model_class, self.config(latent_pooling=self.args.feature_pooling))
+
+    def probing_classifier(
+        self, encoder: MIMAEPreTrainedModel, linear: nn.Linear, names: Sequence[str]
+    ) -> MIMAEForImageClassification:
+        """A frozen encoder and what a probe has learned on its class token, as one model."""
+        model = MIMAEForImageClassification(self.config(numbered(names), classifier_pooling="cls"))
+        model.base_model.load_state_dict(encoder.state_dict())
+        model.classifier.load_state_dict(linear.state_dict())
+        return model
 
     def scaled(self, base_learning_rate: float) -> float:
         """lr = base · images of a step / 256."""
@@ -416,7 +430,9 @@ class ClassificationRun:
             **options,
         )
 
-    def training_arguments(self, total_steps: int, steps_per_epoch: int) -> TrainingArguments:
+    def training_arguments(
+        self, total_steps: int, steps_per_epoch: int, eval_strategy: str = "steps"
+    ) -> TrainingArguments:
         """Our flags in the words of transformers."""
         args = self.args
 
@@ -430,7 +446,7 @@ class ClassificationRun:
             per_device_train_batch_size=args.per_device_train_batch_size,
             gradient_accumulation_steps=args.gradient_accumulation_steps,
             max_grad_norm=args.max_grad_norm or 0.0,
-            eval_strategy="steps",
+            eval_strategy=eval_strategy,
             eval_steps=interval(args.evaluation_steps, args.evaluation_epochs),
             save_strategy="steps",
             save_steps=interval(args.checkpointing_steps, args.checkpointing_epochs),
@@ -458,12 +474,13 @@ class ClassificationRun:
         trainer.train(resume_from_checkpoint=resume)
         return trainer.test(trainer.eval_dataset)
 
-    def test(
-        self, model: nn.Module, source: ImageSource, names: Sequence[str], transform: nn.Module | None = None
-    ) -> tuple[dict[str, float], np.ndarray, np.ndarray]:
-        """Metrics, ranked classes (n, 5) and labels (n,) of a model whose classes have these names."""
-        trainer = ClassificationTrainer(model, self.training_arguments(1, 1), compute_metrics=accuracy_of_classes)
-        return trainer.test(self.evaluation_loader(source, names, transform))
+    def tester(self, model: nn.Module) -> ClassificationTrainer:
+        """A Trainer that trains nothing."""
+        return ClassificationTrainer(
+            model,
+            self.training_arguments(total_steps=1, steps_per_epoch=1, eval_strategy="no"),
+            compute_metrics=accuracy_of_classes,
+        )
 
     def features(
         self,
@@ -490,9 +507,7 @@ class ClassificationRun:
 
     def pictured_features(self, model: nn.Module, names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Features and labels of a part of the held-out images, for their map."""
-        return self.features(
-            model, self.held_out_images, names, probe_indices(self.held_out_images, PICTURED_IMAGES)
-        )
+        return self.features(model, self.held_out_images, names, probe_indices(self.held_out_images, PICTURED_IMAGES))
 
     # --- what is kept -----------------------------------------------------------------------------------------------
 
@@ -528,11 +543,28 @@ def class_names(source: ImageSource) -> list[str]:
     return [str(label) for label in range(source.labels().max() + 1)]
 
 
+def numbered(names: Sequence[str]) -> dict[str, Any]:
+    """`id2label` and `label2id` of a configuration."""
+    return {"id2label": dict(enumerate(names)), "label2id": {name: label for label, name in enumerate(names)}}
+
+
 def label_map(source: ImageSource, names: Sequence[str]) -> np.ndarray | None:
     """The place in `names` of each label of the images; None where they have no names of their own, or the same."""
     if source.label_names is None or list(source.label_names) == list(names):
         return None
     return np.array(class_positions(source.label_names, names))
+
+
+def errors_of(
+    trainer: ClassificationTrainer, loaders: Mapping[tuple[str, int], ClassificationEvaluationLoader]
+) -> dict[tuple[str, int], float]:
+    """The top-1 error by corruption and severity."""
+    errors = {}
+    for (corruption, severity), loader in loaders.items():
+        metrics, _, _ = trainer.test(loader)
+        errors[corruption, severity] = 1 - metrics["accuracy"]
+        logger.info("%s %d: %.1f %% wrong", corruption, severity, 100 * errors[corruption, severity])
+    return errors
 
 
 def accuracy_of_classes(prediction: EvalPrediction) -> dict[str, float]:

@@ -15,6 +15,8 @@ from .metrics_log import FILE_NAME
 from .results import package_versions, source_commit
 
 RESULTS_FILE = "results.json"
+PICTURES = ("curves.png", "confusion_matrix.png", "features.png")
+MOST_CLASSES = 1000  # of a confusion matrix
 CORRUPTION_TABLES = ("imagenet_c", "corruptions")
 
 
@@ -49,13 +51,15 @@ def write_classification_results(
         "versions": package_versions(),
     }
     write_json(output_dir / RESULTS_FILE, results)
-    if predictions is not None:
+    if predictions is not None and len(label_names) <= MOST_CLASSES:
         save_confusion_matrix(*predictions, label_names, output_dir / "confusion_matrix.png")
     if features is not None:
         save_feature_map(*features, label_names, output_dir / "features.png", seed=facts["seed"])
     if (output_dir / FILE_NAME).exists():
         save_curves(output_dir / FILE_NAME, output_dir / "curves.png", panels=CLASSIFICATION_PANELS)
-    pictures = [name for name in ("curves.png", "confusion_matrix.png", "features.png") if (output_dir / name).exists()]
+    pictures = [
+        name for name in ("curves.png", "confusion_matrix.png", "features.png") if (output_dir / name).exists()
+    ]
     if (output_dir / "config.json").exists():
         write_classification_card(output_dir, results=results, pictures=pictures)
     return describe(results, output_dir, pictures)
