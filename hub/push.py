@@ -22,6 +22,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import OfflineModeIsEnabled
 from transformers.dynamic_module_utils import get_relative_import_files
 
+from .export import export_checkpoint
 from .model_card import write_backbone_card
 from .privacy import holds_token, public
 from .uploads import TRANSIENT_ERRORS, Files, Uploader, explain, may_pass
@@ -202,8 +203,6 @@ def _read_json(path: Path) -> Any:
 
 def _push_backbone(uploader: Uploader, folder: Path, report: PushReport, branch: str | None) -> None:
     """Export the encoder, and upload it to a repository of its own, or to a branch; the report says where."""
-    from .export import export_checkpoint
-
     with TemporaryDirectory() as scratch:
         exported = Path(scratch) / "backbone"
         try:

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -49,7 +50,7 @@ class Client:
     """`mimae.hub.push` in a process of its own, whose Hub is the one given; everything that it says is kept."""
 
     def __init__(self, environment: dict[str, str], log: Path):
-        self.log, self.said = log, ""
+        self.log, self.answers = log, []
         self.process = subprocess.Popen(
             [sys.executable, "-c", CLIENT],
             env=environment,
@@ -63,8 +64,8 @@ class Client:
         self.process.stdin.write(json.dumps([name, [str(argument) for argument in arguments], options]) + "\n")
         self.process.stdin.flush()
         line = self.process.stdout.readline()
-        self.said += line
         assert line, self.log.read_text()
+        self.answers.append(line)
         return json.loads(line)
 
     def push(self, *arguments, **options) -> dict:
@@ -88,8 +89,13 @@ def healthy(hub):
 @pytest.fixture(scope="module")
 def environment(hub, tmp_path_factory) -> dict[str, str]:
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
-    home = tmp_path_factory.mktemp("home")
-    return inherited | {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(home), "HF_TOKEN": WRITE, "OMP_NUM_THREADS": "1"}
+    return inherited | {
+        "HF_ENDPOINT": hub.endpoint,
+        "HF_HOME": str(tmp_path_factory.mktemp("home")),
+        "HF_TOKEN": WRITE,
+        "NO_PROXY": "127.0.0.1",
+        "OMP_NUM_THREADS": "1",
+    }
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +110,9 @@ def client(environment, tmp_path_factory):
 def run(tmp_path_factory) -> Path:
     """The folder of a real run, with what people and programs leave in such folders beside it."""
     folder = tmp_path_factory.mktemp("run")
-    assert pretrain(folder, max_train_steps=4, checkpointing_steps=2, report_to="tensorboard") == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_TOKEN", WRITE)
+        assert pretrain(folder, max_train_steps=4, checkpointing_steps=2, report_to="tensorboard") == 0
     (folder / "notes.txt").write_text("not for others")
     (folder / "train.py").write_text("import mimae")
     (folder / "optimizer.pt").write_bytes(b"state")
@@ -254,7 +262,7 @@ def test_a_refusal_is_told_at_once_in_one_line(client, hub, run, repo_id, token,
 
 
 @pytest.mark.parametrize("status", [429, 503, HANG_UP])
-@pytest.mark.parametrize(("number", "step"), enumerate(["repos/create", "validate-yaml", "/commit/"]))
+@pytest.mark.parametrize(("number", "step"), [*enumerate(["repos/create", "validate-yaml", "/commit/"])])
 def test_a_failure_that_passes_costs_nothing_but_time(client, hub, run, status, number, step):
     repo_id = f"someone/passing-{status}-{number}"
     hub.fail_next(status, path_contains=step)
@@ -262,6 +270,14 @@ def test_a_failure_that_passes_costs_nothing_but_time(client, hub, run, status, 
     assert calls(hub, step)[0] == status
     assert calls(hub, step)[1] == 200
     assert hub.repositories[repo_id].messages == ["initial commit", "Upload model"]
+
+
+def test_what_huggingface_hub_repeats_itself_is_left_to_it(client, hub, run):
+    log = client.log.stat().st_size
+    hub.fail_next(503, path_contains="/preupload/")
+    assert client.push(run, "someone/theirs")["error"] is None
+    assert calls(hub, "/preupload/") == [503, 200]
+    assert b"trying again" not in client.log.read_bytes()[log:]
 
 
 def test_the_pause_that_the_hub_asks_for_is_kept(client, hub, run):
@@ -353,6 +369,27 @@ def test_a_file_with_a_token_is_not_pushed(client, hub, run, tmp_path, name):
         assert hub.files(repo_id).keys() == {".gitattributes"}
 
 
+def test_no_token_is_written_or_said(client, hub, environment, run, classifier):
+    answers, log = len(client.answers), client.log.stat().st_size
+    hub.fail_next(503, path_contains="/commit/")
+    assert client.push(classifier, "someone/quiet")["error"] is None
+    assert client.push(run, "someone/quiet", token=UNKNOWN)["error"]
+    assert client.push(run, "reader/quiet", token=READ)["error"]
+    hub.fail_next(HANG_UP, times=100, path_contains="/commit/")
+    assert client.push(run, "someone/quiet")["error"]
+    assert client.call("check_access", "others/quiet", token=READ)["raised"]
+    written = [*run.rglob("*"), *Path(environment["HF_HOME"]).rglob("*"), classifier / "README.md"]
+    places = {str(path): path.read_bytes() for path in written if path.is_file()}
+    places |= {f"hub/{name}": content for name, content in hub.files("someone/quiet").items()}
+    places["answers"] = "".join(client.answers[answers:]).encode()
+    places["log"] = client.log.read_bytes()[log:]
+    places["requests"] = repr(hub.requests).encode()
+    assert b"trying again" in places["log"]
+    assert UNKNOWN in (classifier / "results.json").read_text()  # one that could have got out
+    for token in (WRITE, READ, UNKNOWN):
+        assert not [place for place, content in places.items() if token.encode() in content]
+
+
 def test_a_token_in_a_name_is_not_repeated(client):
     report = client.push("nowhere", f"{WRITE}/x y")
     assert "hf_…" in report["error"]
@@ -362,9 +399,45 @@ def test_a_token_in_a_name_is_not_repeated(client):
 # --- for others ------------------------------------------------------------------------------------------------------
 
 
-def run_module(environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "mimae.hub.push", *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+def test_the_encoder_can_be_a_branch_of_its_own(client, hub, run):
+    def push():
+        report = client.push(run, "someone/branched", backbone="revision", backbone_revision="stock")
+        assert report["error"] is None
+        assert report["backbone_url"] == f"{hub.endpoint}/someone/branched/tree/stock"
+        return hub.files("someone/branched", "stock")
+
+    stock = push()
+    assert stock.keys() == MODEL | {"README.md", ".gitattributes"}
+    config = json.loads(stock["config.json"])
+    assert config["model_type"] == "vit"
+    assert "auto_map" not in config
+    assert b'from_pretrained(checkpoint, revision="stock"' in stock["README.md"]
+    assert not list(card_errors(stock["README.md"].decode()))
+    assert hub.files("someone/branched").keys() >= CODE
+    messages = list(hub.repositories["someone/branched"].messages)
+    assert push() == stock
+    assert hub.repositories["someone/branched"].messages == messages
+
+
+def test_the_encoder_cannot_take_the_place_of_the_model(client, hub, run):
+    report = client.push(run, "someone/main", backbone="revision", backbone_revision="main")
+    assert "cannot be main" in report["error"]
+    assert "someone/main" not in hub.repositories
+
+
+def test_a_model_without_a_stock_encoder_goes_without_it_and_says_so(client, hub, classifier):
+    report = client.push(classifier, "someone/alone", backbone="repo")
+    assert report["note"].startswith("no backbone: ")
+    assert (report["error"], report["backbone_url"]) == (None, None)
+    assert "someone/alone-backbone" not in hub.repositories
+
+
+def test_an_encoder_that_does_not_get_through_leaves_the_model_there(client, hub, run):
+    hub.fail_next(503, times=100, path_contains="/half-backbone/commit/")
+    report = client.push(run, "someone/half", backbone="repo")
+    assert report["url"] == f"{hub.endpoint}/someone/half"
+    assert report["error"].startswith("someone/half-backbone: the Hub did not answer")
+    assert hub.files("someone/half").keys() >= CODE
 
 
 WITHOUT_THE_PACKAGE = """
@@ -399,32 +472,59 @@ assert model(torch.zeros(1, model.config.num_channels, 16, 16)).loss.isfinite()
 
 
 @pytest.fixture(scope="module")
-def pushed(hub, environment, run, classifier, tmp_path_factory) -> Path:
-    """Everything pushed by the command, and an image; returns the folder of the image."""
+def elsewhere(tmp_path_factory) -> Path:
+    """A folder with an image, and nothing of this package in sight."""
     folder = tmp_path_factory.mktemp("elsewhere")
     Image.effect_noise((20, 20), 64).save(folder / "image.png")
-    result = run_module(environment, str(run), "someone/digits")
+    return folder
+
+
+def test_what_was_pushed_works_as_its_cards_say_without_this_package(
+    client, hub, environment, run, classifier, elsewhere
+):
+    command = [sys.executable, "-m", "mimae.hub.push", str(run), "someone/digits"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stdout + result.stderr
     assert result.stdout.splitlines() == [
         f"pushed     {hub.endpoint}/someone/digits",
         f"backbone   {hub.endpoint}/someone/digits-backbone",
     ]
-    return folder
-
-
-def test_what_was_pushed_works_as_its_cards_say_without_this_package(pushed, client, hub, environment, classifier):
     assert client.push(classifier, "someone/animals")["error"] is None
-    repositories = [("someone/digits", None), ("someone/digits-backbone", None), ("someone/animals", None)]
+    assert client.push(run, "someone/both", backbone="revision")["error"] is None
+
+    repositories = ["someone/digits", "someone/digits-backbone", "someone/animals", ("someone/both", "backbone")]
+    repositories = [name if isinstance(name, tuple) else (name, None) for name in repositories]
     command = [sys.executable, "-c", WITHOUT_THE_PACKAGE, json.dumps(repositories)]
     clean = {name: value for name, value in environment.items() if name not in ("PYTHONPATH", "HF_TOKEN")}
-    clean |= {"HF_HOME": str(pushed / "home"), "HF_MODULES_CACHE": str(pushed / "home" / "modules")}
-    result = subprocess.run(command, cwd=pushed, env=clean, capture_output=True, text=True, timeout=300)
+    clean |= {"HF_HOME": str(elsewhere / "home"), "HF_MODULES_CACHE": str(elsewhere / "home" / "modules")}
+    result = subprocess.run(command, cwd=elsewhere, env=clean, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines() == [
         "someone/digits MIMAEModel",
         "someone/digits-backbone ViTModel",
         "someone/animals MIMAEForImageClassification",
         "['cat', 'dog', 'eel']",
+        "someone/both ViTModel",
     ]
-    features, tokens = (torch.load(pushed / name, weights_only=True) for name in ("features.pt", "tokens.pt"))
+    features, tokens = (torch.load(elsewhere / name, weights_only=True) for name in ("features.pt", "tokens.pt"))
     torch.testing.assert_close(tokens[:, 1:].mean(dim=1), features, rtol=1e-5, atol=1e-5)
+
+
+def test_the_command_fails_where_the_push_does(client, run):
+    answer = client.call("main", argv=[str(run), "others/digits", "--backbone", "none"])
+    assert answer["result"] == 1
+    assert answer["printed"].startswith("NOT PUSHED others/digits: the access token may not write there")
+    assert len(answer["printed"].splitlines()) == 1
+
+
+def test_this_hub_runs_on_its_own():
+    script = Path(__file__).parent / "loopback_hub.py"
+    command = [sys.executable, str(script), "--token", WRITE, "--user", "me"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        line = process.stdout.readline()
+        request = urllib.request.Request(line.split("HF_ENDPOINT=")[1].strip() + "/api/whoami-v2")
+        request.add_header("Authorization", f"Bearer {WRITE}")
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request) as response:
+            assert json.load(response)["name"] == "me"
+        process.terminate()
+    assert WRITE not in line
