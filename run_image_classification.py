@@ -97,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     recipe_values = {**vars(model_args), **vars(data_args), **vars(args), **vars(hub_args), **model_fields}
     facts = {**run.facts(), "recipe": recipe_values}
     print(write_classification_results(output_dir, facts=facts, **results))
-    return push_result(output_dir, repo_id, hub_args)
+    return publish(output_dir, repo_id, hub_args.hub_private_repo)
 
 
 def start_processes(args: ClassificationArguments, recipe: Path) -> Path:
