@@ -60,6 +60,7 @@ from mimae.training.monitors import probe_indices
 from mimae.training.optimization import WarmupCosine, build_finetuning_adamw, schedule_as_lambda
 from mimae.training.processes import limit_cpu_threads, on_main_process, start_logging
 from mimae.training.publishing import claim_repository
+from mimae.training.publishing import claim_repository, publish
 from mimae.training.results import device_name
 from mimae.training.run_folder import claim_output_dir, clear_output_dir
 from mimae.training.warm_start import Checkpoint, UnfitCheckpointError
