@@ -59,7 +59,6 @@ from mimae.training.metrics_log import MetricsLog
 from mimae.training.monitors import probe_indices
 from mimae.training.optimization import WarmupCosine, build_finetuning_adamw, schedule_as_lambda
 from mimae.training.processes import limit_cpu_threads, on_main_process, start_logging
-from mimae.training.publishing import claim_repository
 from mimae.training.publishing import claim_repository, publish
 from mimae.training.results import device_name
 from mimae.training.run_folder import claim_output_dir, clear_output_dir
@@ -106,7 +105,7 @@ def start_processes(args: ClassificationArguments, recipe: Path) -> Path:
     # the main one may be long at converting or listing a data set, and the others wait for it
     PartialState(cpu=args.use_cpu, timeout=timedelta(hours=2))
     limit_cpu_threads(args.cpu_threads)
-    start_logging(args.mixed_precision or "of accelerate")
+    start_logging(precision(args.mixed_precision))
     resumes = args.resume_from_checkpoint is not None
     output_dir = on_main_process(lambda: claim_output_dir(args.output_dir, recipe, args.overwrite_output_dir, resumes))
     if args.overwrite_output_dir and not resumes:
@@ -363,10 +362,14 @@ class ClassificationRun:
         """The model with the checkpoint's weights, or with random ones."""
         attention = self.model_args.attn_implementation
         if self.checkpoint is not None and not self.args.untrained:
-            return self.checkpoint.load(model_class, config, attention)
-        logger.info("the model starts from random weights")
-        config._attn_implementation = attention
-        return model_class(config)
+            model = self.checkpoint.load(model_class, config, attention)
+        else:
+            logger.info("the model starts from random weights")
+            config._attn_implementation = attention
+            model = model_class(config)
+        if self.model_args.gradient_checkpointing:
+            model.gradient_checkpointing_enable()
+        return model
 
     def load_encoder(self) -> MIMAEPreTrainedModel:
         """What gives frozen features; its `pooler_output` is pooled as the flags say."""
@@ -440,7 +443,6 @@ class ClassificationRun:
         def interval(steps: int | None, epochs: float) -> int:
             return steps or max(1, round(epochs * steps_per_epoch))
 
-        precision = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
         return TrainingArguments(
             output_dir=str(self.output_dir),
             max_steps=total_steps,
@@ -458,10 +460,9 @@ class ClassificationRun:
             disable_tqdm=True,
             seed=args.seed,
             use_cpu=args.use_cpu,
-            bf16=precision == "bf16",
-            fp16=precision == "fp16",
+            bf16=precision(args.mixed_precision) == "bf16",
+            fp16=precision(args.mixed_precision) == "fp16",
             torch_compile=args.torch_compile,
-            gradient_checkpointing=self.model_args.gradient_checkpointing,
             ddp_find_unused_parameters=False,
             remove_unused_columns=False,
             label_names=["labels"],
@@ -531,6 +532,11 @@ class ClassificationRun:
             "seed": self.args.seed,
             "hardware": {"device": device_name(state.device), "processes": state.num_processes},
         }
+
+
+def precision(mixed_precision: str | None) -> str:
+    """The flag's, or what `accelerate launch` and its configuration say."""
+    return mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
 
 
 def class_names(source: ImageSource) -> list[str]:

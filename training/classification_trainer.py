@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import (
     EvalPrediction,
+    PrinterCallback,
     Trainer,
     TrainerCallback,
     TrainerControl,
@@ -72,6 +73,7 @@ class ClassificationTrainer(Trainer):
             **trainer_options,
         )
         self.add_callback(StopAtNonFiniteLoss)
+        self.remove_callback(PrinterCallback)  # `MetricsLog` says it better
         self.weight_average = None
         if average_decay is not None:
             self.weight_average = WeightAverage(self.model, average_decay)
