@@ -13,9 +13,9 @@ Exit codes: 0 done; 1 on an error, or when all is done but the upload failed.
 
 import logging
 import math
+import os
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
@@ -29,12 +29,14 @@ from torch import nn
 from transformers import EvalPrediction, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from mimae import MIMAEConfig, MIMAEForImageClassification
-from mimae.data.augmentation import Transform, finetuning_transform, mixing, normalized, probe_transform
+from mimae import MIMAEConfig, MIMAEForImageClassification, MIMAEModel
+from mimae.data.augmentation import Mixing, Transform, finetuning_transform, mixing, normalized, probe_transform
 from mimae.data.classification import ClassificationEvaluationLoader, ClassificationLoader
 from mimae.data.processor import build_image_processor, channel_statistics
 from mimae.data.sources import ImageSource, open_image_source
+from mimae.data.subsets import SubsetSource, low_shot_indices, read_subset_file
 from mimae.data.transforms import Normalization, evaluation_transform
+from mimae.evaluation.corruptions import CorruptedTransform
 from mimae.evaluation.metrics import TopKAccuracy
 from mimae.evaluation.probes import knn_accuracies
 from mimae.evaluation.robustness import (
@@ -46,14 +48,19 @@ from mimae.evaluation.robustness import (
     imagenet_a_wnids,
     imagenet_r_wnids,
 )
-from mimae.training.arguments import HubArguments, ModelArguments, parse_arguments
+from mimae.modeling_mimae import MIMAEPreTrainedModel
+from mimae.training.arguments import HubArguments, ModelArguments, RecipeError, parse_arguments
 from mimae.training.classification_arguments import ClassificationArguments, ClassificationDataArguments
 from mimae.training.classification_results import write_classification_results
 from mimae.training.classification_trainer import ClassificationTrainer
 from mimae.training.features import gather_features
 from mimae.training.linear_probe import LinearProbe, build_probe_lars, metrics_of_heads
+from mimae.training.metrics_log import MetricsLog
+from mimae.training.monitors import probe_indices
 from mimae.training.optimization import WarmupCosine, build_finetuning_adamw, schedule_as_lambda
 from mimae.training.processes import limit_cpu_threads, on_main_process, start_logging
+from mimae.training.publishing import claim_repository, publish
+from mimae.training.results import device_name
 from mimae.training.run_folder import claim_output_dir, clear_output_dir
 from mimae.training.warm_start import Checkpoint, UnfitCheckpointError
 
@@ -77,16 +84,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     (model_args, data_args, args, hub_args), model_fields, recipe = parse_arguments(
         argv, groups, MIMAEConfig, default_recipe=RECIPES / "digits" / "finetune.yaml", description=__doc__
     )
+    if hub_args.push_to_hub and not args.leaves_model:
+        raise RecipeError(f"--push_to_hub: --task {args.task} with these flags leaves no model to push")
     output_dir = start_processes(args, recipe)
     set_seed(args.seed)
+    repo_id = claim_repository(hub_args.push_to_hub, hub_args.hub_model_id, hub_args.hub_private_repo, output_dir)
     run = ClassificationRun(model_args, data_args, args, model_fields, output_dir)
     tasks = {"finetune": run.finetune, "linear_probe": run.linear_probe, "knn": run.knn, "evaluate": run.evaluate}
-    result = tasks[args.task]()
+    results = tasks[args.task]()
     if not PartialState().is_main_process:
         return 0
-    values = {**vars(model_args), **vars(data_args), **vars(args), **vars(hub_args), **model_fields}
-    print(write_classification_results(output_dir, task=args.task, seed=args.seed, recipe=values, **result))
-    return 0
+    recipe_values = {**vars(model_args), **vars(data_args), **vars(args), **vars(hub_args), **model_fields}
+    facts = {**run.facts(), "recipe": recipe_values}
+    print(write_classification_results(output_dir, facts=facts, **results))
+    return publish(output_dir, repo_id, hub_args.hub_private_repo)
 
 
 def start_processes(args: ClassificationArguments, recipe: Path) -> Path:
@@ -94,7 +105,7 @@ def start_processes(args: ClassificationArguments, recipe: Path) -> Path:
     # the main one may be long at converting or listing a data set, and the others wait for it
     PartialState(cpu=args.use_cpu, timeout=timedelta(hours=2))
     limit_cpu_threads(args.cpu_threads)
-    start_logging(args.mixed_precision or "of accelerate")
+    start_logging(precision(args.mixed_precision))
     resumes = args.resume_from_checkpoint is not None
     output_dir = on_main_process(lambda: claim_output_dir(args.output_dir, recipe, args.overwrite_output_dir, resumes))
     if args.overwrite_output_dir and not resumes:
@@ -131,8 +142,7 @@ class ClassificationRun:
         """Trains the whole model, tests it and saves it in the run's folder."""
         args = self.args
         names = class_names(self.training_images)
-        labels = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
-        model = self.load(MIMAEForImageClassification, self.config(**labels))
+        model = self.load(MIMAEForImageClassification, self.config(numbered(names)))
         transform = finetuning_transform(
             self.image_size,
             mean=self.mean,
@@ -159,27 +169,25 @@ class ClassificationRun:
             betas=(args.adam_beta1, args.adam_beta2),
         )
         trainer = self.trainer(
-            model, loader, optimizer, learning_rate, accuracy_of_classes, names, average_decay=args.ema_decay
+            model, loader, optimizer, learning_rate, accuracy_of_classes, average_decay=args.ema_decay
         )
-        metrics, classes, targets = self.train_and_test(trainer, names)
-        if PartialState().is_main_process:
-            model.save_pretrained(self.output_dir)
-            build_image_processor(self.image_size, self.mean, self.std).save_pretrained(self.output_dir)
+        metrics, classes, targets = self.train_and_test(trainer)
+        self.save(model)
         return {
             "metrics": metrics,
+            "robustness": self.robustness(trainer, names),
             "label_names": names,
             "predictions": (targets, classes[:, 0]),
-            "features": self.pictured_features(model),
-            **self.facts(),
+            "features": self.pictured_features(model, names),
         }
 
     def linear_probe(self) -> dict[str, Any]:
         """Trains linear classifiers on frozen features, one for each learning rate, and tests them."""
         names = class_names(self.training_images)
-        encoder, config = self.load_encoder()
+        encoder = self.load_encoder()
         probe = LinearProbe(
             encoder,
-            feature_size=config.hidden_size,
+            feature_size=encoder.config.hidden_size,
             num_classes=len(names),
             learning_rates=[self.scaled(rate) for rate in self.args.probe_learning_rates],
             pooling=self.args.feature_pooling,
@@ -197,33 +205,25 @@ class ClassificationRun:
             build_probe_lars(probe),
             max(probe.learning_rates),
             metrics_of_heads(probe.learning_rates, accuracy_of_classes),
-            names,
         )
-        metrics, _, _ = self.train_and_test(trainer, names)
-        return {"metrics": metrics, "label_names": names, "features": self.pictured_features(encoder), **self.facts()}
+        metrics, _, _ = self.train_and_test(trainer)
+        if self.args.leaves_model:
+            best = probe.as_linear(probe.learning_rates.index(metrics["best_learning_rate"]))
+            self.save(self.probing_classifier(encoder, best, names))
+        return {"metrics": metrics, "label_names": names, "features": self.pictured_features(encoder, names)}
 
     def knn(self) -> dict[str, Any]:
         """The weighted votes of the nearest training images."""
         names = class_names(self.training_images)
-        encoder, _ = self.load_encoder()
-        features = self.features(encoder, self.training_images)
-        test_features, test_labels = self.features(encoder, self.held_out_images)
-        if not PartialState().is_main_process:
-            return {}
-        test_labels = np.array(class_positions(self.held_out_names, names))[test_labels]
-        accuracies = knn_accuracies(
-            *features, test_features, test_labels, ks=self.args.knn_k, temperature=self.args.knn_temperature
-        )
+        encoder = self.load_encoder()
+        train, test = self.features(encoder, self.training_images), self.features(encoder, self.held_out_images, names)
+        accuracies = knn_accuracies(*train, *test, ks=self.args.knn_k, temperature=self.args.knn_temperature)
         best = max(accuracies, key=accuracies.__getitem__)
+        by_k = {f"accuracy_k_{k}": accuracy for k, accuracy in accuracies.items()}
         return {
-            "metrics": {
-                "accuracy": accuracies[best],
-                "best_k": best,
-                **{f"accuracy_k_{k}": accuracy for k, accuracy in accuracies.items()},
-            },
+            "metrics": {"accuracy": accuracies[best], "best_k": best, **by_k},
             "label_names": names,
-            "features": (test_features[:PICTURED_IMAGES], test_labels[:PICTURED_IMAGES]),
-            **self.facts(),
+            "features": self.pictured_features(encoder, names),
         }
 
     def evaluate(self) -> dict[str, Any]:
@@ -235,50 +235,40 @@ class ClassificationRun:
         config = self.config()
         names = [config.id2label[i] for i in range(config.num_labels)]
         model = self.load(MIMAEForImageClassification, config)
-        metrics, classes, targets = self.test(model, self.held_out_images, names)
+        trainer = self.tester(model)
+        metrics, classes, targets = trainer.test(self.evaluation_loader(self.held_out_images, names))
         return {
             "metrics": metrics,
-            "robustness": self.robustness(model, names),
+            "robustness": self.robustness(trainer, names),
             "label_names": names,
             "predictions": (targets, classes[:, 0]),
-            "features": self.pictured_features(model),
-            **self.facts(),
+            "features": self.pictured_features(model, names),
         }
 
-    def robustness(self, model: nn.Module, names: Sequence[str]) -> dict[str, Any]:
-        """The metrics of each further set that the flags name."""
-        found: dict[str, Any] = {}
+    def robustness(self, trainer: ClassificationTrainer, names: Sequence[str]) -> dict[str, Any]:
+        """The trainer's model on each further set that the flags name."""
+        data_args, found = self.data_args, {}
         for key, wnids in (("imagenet_a", imagenet_a_wnids()), ("imagenet_r", imagenet_r_wnids())):
-            if folder := getattr(self.data_args, f"{key}_dir"):
-                restricted = RestrictedClassifier(model, class_positions(wnids, names))
-                found[key] = self.test(restricted, open_folder(folder), wnids)[0]
-        if folder := self.data_args.imagenet_sketch_dir:
-            found["imagenet_sketch"] = self.test(model, open_folder(folder), names)[0]
-        if folder := self.data_args.imagenet_c_dir:
-            cropped = evaluation_transform(self.image_size, crop_ratio=1)  # the published images are
-            errors = {
-                key: 1 - self.test(model, open_folder(images), names, cropped)[0]["accuracy"]
+            if folder := getattr(data_args, f"{key}_dir"):
+                restricted = self.tester(RestrictedClassifier(trainer.model, class_positions(wnids, names)))
+                found[key], _, _ = restricted.test(self.evaluation_loader(open_folder(folder), wnids))
+        if folder := data_args.imagenet_sketch_dir:
+            found["imagenet_sketch"], _, _ = trainer.test(self.evaluation_loader(open_folder(folder), names))
+        if folder := data_args.imagenet_c_dir:
+            cropped = evaluation_transform(self.image_size, crop_ratio=1)  # as the published images are
+            loaders = {
+                key: self.evaluation_loader(open_folder(images), names, cropped)
                 for key, images in corruption_folders(folder).items()
             }
-            found["imagenet_c"] = corruption_table(errors, relative_to_alexnet=True)
-        if self.data_args.corruptions:
-            found["corruptions"] = corruption_table(self.corruption_errors(model, names))
+            found["imagenet_c"] = corruption_table(errors_of(trainer, loaders), relative_to_alexnet=True)
+        if data_args.corruptions:
+            loaders = {
+                (corruption, severity): self.corrupted_loader(names, corruption, severity)
+                for corruption in data_args.corruptions
+                for severity in SEVERITIES
+            }
+            found["corruptions"] = corruption_table(errors_of(trainer, loaders))
         return found
-
-    def corruption_errors(self, model: nn.Module, names: Sequence[str]) -> dict[tuple[str, int], float]:
-        """Errors on the held-out images, corrupted on the fly in every way and severity."""
-        from mimae.evaluation.corruptions import CorruptedTransform  # its library is optional
-
-        errors = {}
-        for corruption in self.data_args.corruptions:
-            for severity in SEVERITIES:
-                transform = CorruptedTransform(
-                    self.image_size, corruption, severity, crop_ratio=self.args.evaluation_crop_ratio
-                )
-                metrics, _, _ = self.test(model, self.held_out_images, names, transform)
-                errors[corruption, severity] = 1 - metrics["accuracy"]
-                logger.info("%s %d: error %.1f %%", corruption, severity, 100 * errors[corruption, severity])
-        return errors
 
     # --- images -----------------------------------------------------------------------------------------------------
 
@@ -344,6 +334,13 @@ class ClassificationRun:
             pin_memory=self.device.type == "cuda",
         )
 
+    def corrupted_loader(self, names: Sequence[str], corruption: str, severity: int) -> ClassificationEvaluationLoader:
+        """The held-out images, corrupted on the fly."""
+        transform = CorruptedTransform(
+            self.image_size, corruption, severity, crop_ratio=self.args.evaluation_crop_ratio
+        )
+        return self.evaluation_loader(self.held_out_images, names, transform)
+
     @property
     def evaluation_transform(self) -> nn.Module:
         return evaluation_transform(self.image_size, crop_ratio=self.args.evaluation_crop_ratio)
@@ -365,15 +362,28 @@ class ClassificationRun:
         """The model with the checkpoint's weights, or with random ones."""
         attention = self.model_args.attn_implementation
         if self.checkpoint is not None and not self.args.untrained:
-            return self.checkpoint.load(model_class, config, attention)
-        logger.info("the model starts from random weights")
-        config._attn_implementation = attention
-        return model_class(config)
+            model = self.checkpoint.load(model_class, config, attention)
+        else:
+            logger.info("the model starts from random weights")
+            config._attn_implementation = attention
+            model = model_class(config)
+        if self.model_args.gradient_checkpointing:
+            model.gradient_checkpointing_enable()
+        return model
 
     def load_encoder(self) -> MIMAEPreTrainedModel:
         """What gives frozen features; its `pooler_output` is pooled as the flags say."""
         model_class = self.checkpoint.encoder_class if self.checkpoint else MIMAEModel
         return self.load(model_class, self.config(latent_pooling=self.args.feature_pooling))
+
+    def probing_classifier(
+        self, encoder: MIMAEPreTrainedModel, linear: nn.Linear, names: Sequence[str]
+    ) -> MIMAEForImageClassification:
+        """A frozen encoder and what a probe has learned on its class token, as one model."""
+        model = MIMAEForImageClassification(self.config(numbered(names), classifier_pooling="cls"))
+        model.base_model.load_state_dict(encoder.state_dict())
+        model.classifier.load_state_dict(linear.state_dict())
+        return model
 
     def scaled(self, base_learning_rate: float) -> float:
         """lr = base · images of a step / 256."""
@@ -420,24 +430,26 @@ class ClassificationRun:
             eval_loader=self.evaluation_loader(self.held_out_images, class_names(self.training_images)),
             optimizers=(optimizer, schedule_as_lambda(optimizer, schedule)),
             compute_metrics=compute_metrics,
+            callbacks=[MetricsLog],
             **options,
         )
 
-    def training_arguments(self, total_steps: int, steps_per_epoch: int) -> TrainingArguments:
+    def training_arguments(
+        self, total_steps: int, steps_per_epoch: int, eval_strategy: str = "steps"
+    ) -> TrainingArguments:
         """Our flags in the words of transformers."""
         args = self.args
 
         def interval(steps: int | None, epochs: float) -> int:
             return steps or max(1, round(epochs * steps_per_epoch))
 
-        precision = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
         return TrainingArguments(
             output_dir=str(self.output_dir),
             max_steps=total_steps,
             per_device_train_batch_size=args.per_device_train_batch_size,
             gradient_accumulation_steps=args.gradient_accumulation_steps,
             max_grad_norm=args.max_grad_norm or 0.0,
-            eval_strategy="steps",
+            eval_strategy=eval_strategy,
             eval_steps=interval(args.evaluation_steps, args.evaluation_epochs),
             save_strategy="steps",
             save_steps=interval(args.checkpointing_steps, args.checkpointing_epochs),
@@ -448,10 +460,9 @@ class ClassificationRun:
             disable_tqdm=True,
             seed=args.seed,
             use_cpu=args.use_cpu,
-            bf16=precision == "bf16",
-            fp16=precision == "fp16",
+            bf16=precision(args.mixed_precision) == "bf16",
+            fp16=precision(args.mixed_precision) == "fp16",
             torch_compile=args.torch_compile,
-            gradient_checkpointing=self.model_args.gradient_checkpointing,
             ddp_find_unused_parameters=False,
             remove_unused_columns=False,
             label_names=["labels"],
@@ -465,18 +476,23 @@ class ClassificationRun:
         trainer.train(resume_from_checkpoint=resume)
         return trainer.test(trainer.eval_dataset)
 
-    def test(
-        self, model: nn.Module, source: ImageSource, names: Sequence[str], transform: nn.Module | None = None
-    ) -> tuple[dict[str, float], np.ndarray, np.ndarray]:
-        """Metrics, ranked classes (n, 5) and labels (n,) of a model whose classes have these names."""
-        trainer = ClassificationTrainer(model, self.training_arguments(1, 1), compute_metrics=accuracy_of_classes)
-        return trainer.test(self.evaluation_loader(source, names, transform))
+    def tester(self, model: nn.Module) -> ClassificationTrainer:
+        """A Trainer that trains nothing."""
+        return ClassificationTrainer(
+            model,
+            self.training_arguments(total_steps=1, steps_per_epoch=1, eval_strategy="no"),
+            compute_metrics=accuracy_of_classes,
+        )
 
     def features(
-        self, model: nn.Module, source: ImageSource, indices: np.ndarray | None = None
+        self,
+        model: nn.Module,
+        source: ImageSource,
+        names: Sequence[str] | None = None,
+        indices: np.ndarray | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Features (n, D) and the source's labels (n,), of all of its images by default."""
-        return gather_features(
+        """Features (n, D) and labels (n,) of images, all by default; labels are places in `names`, or as they are."""
+        features, labels = gather_features(
             model.to(self.device),
             source,
             np.arange(len(source)) if indices is None else indices,
@@ -488,6 +504,39 @@ class ClassificationRun:
                 "num_workers": self.data_args.dataloader_num_workers,
             },
         )
+        places = None if names is None else label_map(source, names)
+        return features, labels if places is None else places[labels]
+
+    def pictured_features(self, model: nn.Module, names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Features and labels of a part of the held-out images, for their map."""
+        return self.features(model, self.held_out_images, names, probe_indices(self.held_out_images, PICTURED_IMAGES))
+
+    # --- what is kept -----------------------------------------------------------------------------------------------
+
+    def save(self, model: MIMAEForImageClassification) -> None:
+        """The model and its image processor, in the run's folder."""
+        if PartialState().is_main_process:
+            model.save_pretrained(self.output_dir)
+            build_image_processor(self.image_size, self.mean, self.std).save_pretrained(self.output_dir)
+
+    def facts(self) -> dict[str, Any]:
+        """What was done, to what, and on which machine."""
+        state, data_args = PartialState(), self.data_args
+        return {
+            "task": self.args.task,
+            "model": self.model_args.model_name_or_path or self.model_args.preset or "a model of the recipe's sizes",
+            "untrained": self.args.untrained,
+            "dataset": data_args.dataset_name
+            or ("local images" if data_args.train_dir or data_args.data_files else "digits"),
+            "test_images": len(self.held_out_images),
+            "seed": self.args.seed,
+            "hardware": {"device": device_name(state.device), "processes": state.num_processes},
+        }
+
+
+def precision(mixed_precision: str | None) -> str:
+    """The flag's, or what `accelerate launch` and its configuration say."""
+    return mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
 
 
 def class_names(source: ImageSource) -> list[str]:
@@ -501,11 +550,28 @@ def class_names(source: ImageSource) -> list[str]:
     return [str(label) for label in range(source.labels().max() + 1)]
 
 
+def numbered(names: Sequence[str]) -> dict[str, Any]:
+    """`id2label` and `label2id` of a configuration."""
+    return {"id2label": dict(enumerate(names)), "label2id": {name: label for label, name in enumerate(names)}}
+
+
 def label_map(source: ImageSource, names: Sequence[str]) -> np.ndarray | None:
     """The place in `names` of each label of the images; None where they have no names of their own, or the same."""
     if source.label_names is None or list(source.label_names) == list(names):
         return None
     return np.array(class_positions(source.label_names, names))
+
+
+def errors_of(
+    trainer: ClassificationTrainer, loaders: Mapping[tuple[str, int], ClassificationEvaluationLoader]
+) -> dict[tuple[str, int], float]:
+    """The top-1 error by corruption and severity."""
+    errors = {}
+    for (corruption, severity), loader in loaders.items():
+        metrics, _, _ = trainer.test(loader)
+        errors[corruption, severity] = 1 - metrics["accuracy"]
+        logger.info("%s %d: %.1f %% wrong", corruption, severity, 100 * errors[corruption, severity])
+    return errors
 
 
 def accuracy_of_classes(prediction: EvalPrediction) -> dict[str, float]:

@@ -29,11 +29,12 @@ from mimae.data.loaders import PretrainingLoader, evaluation_batches
 from mimae.data.processor import build_image_processor, channel_statistics
 from mimae.data.sources import ImageSource
 from mimae.data.transforms import Normalization, evaluation_transform, pretraining_transform
-from mimae.training.arguments import ModelArguments, PretrainingArguments, config_fields, parse_arguments
+from mimae.training.arguments import HubArguments, ModelArguments, PretrainingArguments, config_fields, parse_arguments
 from mimae.training.checkpoints import CheckpointStore
 from mimae.training.monitors import Evaluation, Probe, ReconstructionMonitor, probe_indices, split_indices
 from mimae.training.optimization import WarmupCosine, build_adamw, scaled_learning_rate
 from mimae.training.processes import limit_cpu_threads, on_main_process, start_logging
+from mimae.training.publishing import claim_repository, publish
 from mimae.training.results import device_name, write_results
 from mimae.training.run_folder import claim_output_dir, clear_output_dir, run_name
 from mimae.training.signals import RunStopped
@@ -70,12 +71,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         ValueError and its kin, before training starts: a flag, recipe, data set or folder that cannot be used.
     """
-    groups = (ModelArguments, DataArguments, PretrainingArguments)
-    (model_args, data_args, args), model_fields, recipe = parse_arguments(
+    groups = (ModelArguments, DataArguments, PretrainingArguments, HubArguments)
+    (model_args, data_args, args, hub_args), model_fields, recipe = parse_arguments(
         argv, groups, MIMAEConfig, default_recipe=RECIPES / "demo.yaml", description=__doc__
     )
     config = build_config(model_args.model_type, model_args.preset, model_fields)
     accelerator, output_dir = start_processes(args, recipe)
+    repo_id = claim_repository(hub_args.push_to_hub, hub_args.hub_model_id, hub_args.hub_private_repo, output_dir)
     set_seed(args.seed)
     with accelerator.main_process_first():
         source, probe_source = data_args.open_split(data_args.train_split), data_args.open_held_out()
@@ -138,8 +140,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if accelerator.is_main_process:
         save_model(output_dir)
         summary = summarize(data_args, args, config, trainer, steps_per_epoch, time.perf_counter() - started)
-        values = {**vars(model_args), **vars(data_args), **vars(args), **model_fields}
+        values = {**vars(model_args), **vars(data_args), **vars(args), **vars(hub_args), **model_fields}
         print(write_results(output_dir, recipe=values, summary=summary, picture=evaluation.newest_picture))
+        return publish(output_dir, repo_id, hub_args.hub_private_repo)
     return 0
 
 

@@ -289,6 +289,19 @@ def test_metrics_and_loss_are_those_of_the_images_without_the_padding(tmp_path, 
     assert metrics["eval_top5_accuracy"] == (expected if num_classes > 5 else 1.0)
 
 
+def test_a_test_gives_the_metrics_and_what_they_are_of(tmp_path):
+    model, samples = Classifier(), images(6)
+    trainer = trainer_of(model, tmp_path, eval_loader=None)
+    metrics, classes, labels = trainer.test(DataLoader(padded(samples, 4), batch_size=4))
+    assert labels.tolist() == [sample["labels"] for sample in samples]
+    assert (classes.shape, classes.dtype) == ((6, 5), np.int64)
+    assert set(metrics) == {"loss", "accuracy", "top5_accuracy", "images"}
+    assert metrics["accuracy"] == np.mean(classes[:, 0] == labels)
+    with torch.no_grad():
+        logits = model(torch.stack([s["pixel_values"] for s in samples]), torch.tensor(labels))["logits"]
+    np.testing.assert_array_equal(classes, logits.argsort(dim=-1, descending=True)[:, :5])
+
+
 def test_five_classes_of_each_image_are_kept_best_first():
     logits = torch.tensor([[0.1, 0.7, 0.3, 0.2, 0.6, 0.5, 0.4]])
     classes, losses = rank_classes(logits, torch.tensor([4]))

@@ -18,12 +18,16 @@ class ClassificationDataArguments(DataArguments):
     train_fraction: float | None = option(None, "Train on this part of each class: 0.01 for 1 % fine-tuning.")
     train_subset_file: str | None = option(None, "Train on the images that this file names, one a line.")
 
-    imagenet_a_dir: str | None = option(None, "--task evaluate: ImageNet-A, 200 class folders.")
-    imagenet_r_dir: str | None = option(None, "--task evaluate: ImageNet-R, 200 class folders.")
-    imagenet_sketch_dir: str | None = option(None, "--task evaluate: ImageNet-Sketch, 1,000 class folders.")
-    imagenet_c_dir: str | None = option(None, "--task evaluate: ImageNet-C, corruption/severity/class folders.")
+    imagenet_a_dir: str | None = option(None, "finetune and evaluate: test on ImageNet-A, 200 class folders.")
+    imagenet_r_dir: str | None = option(None, "finetune and evaluate: test on ImageNet-R, 200 class folders.")
+    imagenet_sketch_dir: str | None = option(
+        None, "finetune and evaluate: test on ImageNet-Sketch, 1,000 class folders."
+    )
+    imagenet_c_dir: str | None = option(
+        None, "finetune and evaluate: test on ImageNet-C, corruption/severity/class folders."
+    )
     corruptions: list[str] | None = option(
-        None, "--task evaluate: corrupt the held-out images on the fly, in these ways; all: the 15 of ImageNet-C."
+        None, "finetune and evaluate: corrupt the held-out images on the fly in these ways; all: 15."
     )
 
     def __post_init__(self):
@@ -80,3 +84,8 @@ class ClassificationArguments(RunArguments):
         self._check("in 0..1, below 1", lambda value: 0 <= value < 1, "label_smoothing", "ema_decay")
         self._check("in 0..1", lambda value: 0 <= value <= 1, "random_erasing")
         self._check("positive numbers", lambda values: values and min(values) > 0, "probe_learning_rates", "knn_k")
+
+    @property
+    def leaves_model(self) -> bool:
+        """Whether the task ends with a classifier: of a probe only one on the class token is a model that there is."""
+        return self.task == "finetune" or (self.task == "linear_probe" and self.feature_pooling == "cls")

@@ -8,11 +8,13 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import (
     EvalPrediction,
+    PrinterCallback,
     Trainer,
     TrainerCallback,
     TrainerControl,
@@ -37,7 +39,7 @@ class ClassificationTrainer(Trainer):
     Args:
         model, args, optimizers, callbacks, and what else `Trainer` takes: see there.
         train_loader: dicts of `pixel_values` (B, C, H, W) and `labels`, int64 (B,) or soft (B, K).
-        eval_loader: the same with int64 labels. `evaluate(loader, metric_key_prefix=…)` takes another one.
+        eval_loader: the same with int64 labels; what `args.eval_strategy` evaluates on.
         compute_metrics: of an `EvalPrediction` with `predictions` (n, 5), the classes of each image, best first (fewer
             where there are fewer classes; (n, heads, 5) with several heads), and `label_ids` (n,); padding is gone.
         average_decay: evaluate, and end with, averaged weights: see `WeightAverage`. None: the weights as trained.
@@ -71,6 +73,7 @@ class ClassificationTrainer(Trainer):
             **trainer_options,
         )
         self.add_callback(StopAtNonFiniteLoss)
+        self.remove_callback(PrinterCallback)  # `MetricsLog` says it better
         self.weight_average = None
         if average_decay is not None:
             self.weight_average = WeightAverage(self.model, average_decay)
@@ -88,6 +91,19 @@ class ClassificationTrainer(Trainer):
         if loader is None:
             raise ValueError("evaluation needs an eval_loader, and this trainer was given none")
         return loader
+
+    def test(self, loader: DataLoader) -> tuple[dict[str, float], np.ndarray, np.ndarray]:
+        """Evaluates on other images, and gives what the model said of each. Collective.
+
+        Returns:
+            `loss` and the metrics by their plain names, the ranked classes (n, 5) that they are of, and the labels
+            (n,), int64; all on every process, without the padding.
+        """
+        output = self.evaluation_loop(loader, description="Test")
+        classes, _ = output.predictions
+        is_image = output.label_ids != IGNORED_LABEL
+        metrics = self.compute_metrics(EvalPrediction(output.predictions, output.label_ids))
+        return metrics, classes[is_image], output.label_ids[is_image]
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """As in Trainer, with the averaged weights where they are kept."""

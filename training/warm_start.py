@@ -123,7 +123,7 @@ class Checkpoint:
                 f"{', '.join(lacking[:5])}"
             )
         if unfit:
-            logger.info("%s has no head that fits: it starts from random weights", self.path)
+            logger.info("%s has no head that fits: a new one starts from random weights", self.path)
         if there.image_size_2d != config.image_size_2d:
             logger.info(
                 "%s was made for images of %d x %d pixels: its positions are interpolated to %d x %d",
