@@ -43,16 +43,19 @@ FACT_NAMES = {
     "device": "Device",
     "seconds": "Seconds",
     "seed": "Seed",
+    "commit": "Commit of the code",
     "versions": "Versions",
 }
 
 # how each task of the classification script that leaves a classifier makes it
 MAKING = {
-    "finetune": "a pre-trained encoder and a linear head, fine-tuned together",
-    "linear_probe": "a linear classifier on the frozen features of a pre-trained encoder",
+    "finetune": "an encoder and a linear head, trained together",
+    "linear_probe": "a linear classifier on the frozen features of an encoder",
 }
 CLASSIFICATION_FACT_NAMES = {
+    "start": "Starting point",
     "dataset": "Data",
+    "test_images": "Held-out images",
     "seed": "Seed",
     "hardware": "Hardware",
     "commit": "Commit of the code",
@@ -121,10 +124,11 @@ def write_classification_card(folder: str | os.PathLike, *, results: Mapping[str
     Args:
         folder: the model's folder.
         results: `results.json` of a run: `task` ("finetune" or "linear_probe"), and, all optional, `dataset`,
-            `metrics` (`accuracy` and `top5_accuracy` as fractions, `loss`, and others by name), `robustness`
-            (`imagenet_a`, `imagenet_r` and `imagenet_sketch`, each with metrics of its own; `imagenet_c`, and
-            `corruptions` made on the fly, each as `corruption_table` of `evaluation.robustness` returns it),
-            `recipe`, `seed`, `commit`, `hardware` and `versions` (dicts).
+            `test_images` (how many), `metrics` (`accuracy` and `top5_accuracy` as fractions, `loss`, and others by
+            name), `robustness` (`imagenet_a`, `imagenet_r` and `imagenet_sketch`, each with metrics of its own;
+            `imagenet_c`, and `corruptions` made on the fly, each as `corruption_table` of `evaluation.robustness`
+            returns it), `recipe`, `untrained` (`True`: the checkpoint gave its sizes alone), `seed`, `commit`,
+            `hardware` and `versions` (dicts).
         pictures: PNG files in `folder`.
 
     Returns:
@@ -137,7 +141,7 @@ def write_classification_card(folder: str | os.PathLike, *, results: Mapping[str
         raise ValueError(
             f"task {results.get('task')!r} leaves no classifier to write a card for; {' and '.join(MAKING)} do"
         )
-    recipe = public(results.get("recipe") or {})
+    recipe, start = public(results.get("recipe") or {}), _start(results)
     title = _title(recipe, None)
     metrics, (test_sets, corruption_tables) = results.get("metrics") or {}, _robustness(results)
     return _write(
@@ -148,12 +152,12 @@ def write_classification_card(folder: str | os.PathLike, *, results: Mapping[str
             "image-classification",
             ["image-classification"],
             datasets=_hub_names(recipe.get("dataset_name")),
-            base_model=_hub_names(recipe.get("model_name_or_path")),
+            base_model=_hub_names(start),
             eval_results=_classification_results(results, recipe),
         ),
         title=title,
         making=MAKING[results["task"]],
-        **_record(folder, results, CLASSIFICATION_FACT_NAMES, recipe, pictures),
+        **_record(folder, {**results, "start": start}, CLASSIFICATION_FACT_NAMES, recipe, pictures),
         metrics=[(METRIC_NAMES.get(key, key), _figure(key, metrics.get(key))) for key in {**METRIC_NAMES, **metrics}],
         test_sets=[
             (TEST_SET_NAMES.get(key, key), _percent(found.get("accuracy")), _percent(found.get("top5_accuracy")))
@@ -236,6 +240,15 @@ def _hub_names(name: Any) -> list[str] | None:
 
 def _title(recipe: Mapping[str, Any], model_type: str | None) -> str:
     return (recipe.get("hub_model_id") or model_type or "mimae").rpartition("/")[2]
+
+
+def _start(results: Mapping[str, Any]) -> str | None:
+    """The checkpoint that the encoder came from; `None` where that was not recorded."""
+    recipe = results.get("recipe")
+    if recipe is None:
+        return None
+    is_pretrained = recipe.get("model_name_or_path") and not results.get("untrained")
+    return recipe["model_name_or_path"] if is_pretrained else "random weights"
 
 
 def _own_data(values: Mapping[str, Any], recipe: Mapping[str, Any]) -> dict[str, str]:

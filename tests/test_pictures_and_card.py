@@ -207,7 +207,10 @@ def test_what_was_not_measured_is_said_and_no_figure_appears(tmp_path):
     card = write_card(tmp_path, summary={"final": None, "seed": 17}, recipe={})
     assert "about labels was not measured" in card
     assert "Whether the information terms ever trained was not recorded" in card
-    assert "did not record: model, data, images, epochs, steps, processes, device, seconds, versions." in card
+    assert (
+        "did not record: model, data, images, epochs, steps, processes, device, seconds, commit of the code, versions."
+        in card
+    )
     results = card.split("## Results")[1].split("## Not measured")[0]
     assert [line.split(" | ")[1] for line in results.splitlines() if line.endswith(" |")][1:] == ["not measured |"] * 6
     assert "%" not in results
@@ -338,6 +341,7 @@ def test_a_classifiers_card_gives_its_figures(tmp_path):
     for line in (
         "# beans",
         "- Data: on the machine of the run, not named here",
+        "- Starting point: someone/mimae-beans",
         "- Seed: 3",
         "- Hardware: device CPU, 2 threads, world_size 1",
         "| top-1 accuracy | 97.0 % |",
@@ -349,7 +353,7 @@ def test_a_classifiers_card_gives_its_figures(tmp_path):
         "| **mean** | 37.5 % |",
         "| **mCE (AlexNet: 100)** | 49.5 |",
         "![confusion](confusion.png)",
-        "- The run did not record: commit of the code.",
+        "- The run did not record: held-out images, commit of the code.",
     ):
         assert line in card.splitlines(), line
     assert card.count("mCE") == 2  # in the table of ImageNet-C and in its model-index, not in that of other images
@@ -381,9 +385,23 @@ def test_a_classifiers_card_says_what_was_not_measured(tmp_path):
     card = write_classification_card(tmp_path, results={"task": "linear_probe"}, pictures=[]).read_text()
     assert "a linear classifier on the frozen features" in card
     assert "- Robustness: how the model fares" in card
-    assert "did not record: data, seed, hardware, commit of the code, versions." in card
+    assert "did not record: starting point, data, held-out images, seed, hardware, commit of the code, v" in card
     assert "%" not in card
     assert "model-index" not in card
+
+
+@pytest.mark.parametrize(
+    ("changes", "start"),
+    [
+        ({"untrained": True}, "random weights"),
+        ({"recipe": {"preset": "vit-tiny"}}, "random weights"),
+        ({"recipe": {"model_name_or_path": "/home/private/run"}}, "on the machine of the run, not named here"),
+    ],
+)
+def test_a_card_claims_no_pretrained_encoder_where_there_was_none(tmp_path, changes, start):
+    card = write_classifier_card(tmp_path, **changes)
+    assert f"- Starting point: {start}" in card.splitlines()
+    assert ModelCard.load(tmp_path / "README.md").data.base_model is None
 
 
 @pytest.mark.parametrize("task", ["knn", "evaluate", None])
