@@ -68,7 +68,7 @@ logger = logging.getLogger("mimae")
 
 RECIPES = Path(__file__).parent / "recipes"
 LR_BASE_BATCH = 256
-PICTURED_IMAGES = 2000
+PICTURED_IMAGES = 1000
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -528,6 +528,7 @@ class ClassificationRun:
             "untrained": self.args.untrained,
             "dataset": data_args.dataset_name
             or ("local images" if data_args.train_dir or data_args.data_files else "digits"),
+            "training_images": None if self.args.task == "evaluate" else len(self.training_images),
             "test_images": len(self.held_out_images),
             "seed": self.args.seed,
             "hardware": {"device": device_name(state.device), "processes": state.num_processes},
