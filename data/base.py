@@ -13,6 +13,7 @@ class ImageSource(ABC):
     """A finite, indexable set of images that have not been decoded yet.
 
     Attributes:
+        name: what people call the images, for messages.
         block_sizes: int64 (blocks,), rows of each block in global index order; a block is what is read at one go.
             A source whose rows can be read one by one is a single block.
         label_names: names of the classes in label order, or None.
@@ -23,6 +24,7 @@ class ImageSource(ABC):
     Instances are picklable; whatever must be opened is opened in the process that reads.
     """
 
+    name: str
     block_sizes: np.ndarray
     label_names: list[str] | None = None
     has_labels: bool = False
@@ -44,6 +46,53 @@ class ImageSource(ABC):
         """Returns the index of the next row of the same file; the last row is followed by the first."""
         return (index + 1) % len(self)
 
+    def block_of(self, indices: int | np.ndarray) -> np.int64 | np.ndarray:
+        """Returns the block that holds each index: int64, the shape of `indices`."""
+        return np.searchsorted(np.cumsum(self.block_sizes), indices, side="right")
+
+    def read_block(self, block: int, rows: np.ndarray) -> list[tuple[bytes | np.ndarray, int | None]]:
+        """Reads the given rows (global indices, ascending) of a block: a list of what `read` returns."""
+        return [self.read(row) for row in rows.tolist()]
+
+    def labels(self) -> np.ndarray:
+        """Returns the label of every row, without decoding an image: int64 (n,), none negative.
+
+        Raises:
+            ValueError: the source has no labels, or rows without one; says what to do.
+        """
+        if not self.has_labels:
+            raise ValueError(f"{self.name} has no labels: name the column that holds them by --label_column_name")
+        labels = self._stored_labels()
+        unlabelled = np.flatnonzero(labels < 0)
+        if len(unlabelled):
+            raise ValueError(
+                f"{len(unlabelled)} of the {len(labels)} images of {self.name} have no label, the first is "
+                f"{self.describe(int(unlabelled[0]))}: this looks like an unlabelled test split; take a labelled "
+                "split, or name another column by --label_column_name"
+            )
+        return labels
+
+    @abstractmethod
+    def _stored_labels(self) -> np.ndarray:
+        """Returns what is stored for labels, negative where there is none: int64 (n,). Asked only if `has_labels`."""
+
+    def file_names(self) -> list[str]:
+        """Returns the file name of every row (of a row of an archive, its key), without reading an image.
+
+        Raises:
+            ValueError: rows without a file name.
+        """
+        names = self._stored_file_names()
+        if None in names:
+            raise ValueError(
+                f"{self.describe(names.index(None))} has no file name, so a list of names cannot choose among the "
+                "images: use --train_fraction instead"
+            )
+        return names
+
+    def _stored_file_names(self) -> list[str | None]:
+        return [None] * len(self)
+
 
 class ArraySource(ImageSource):
     """Images of one size, held in memory.
@@ -59,14 +108,18 @@ class ArraySource(ImageSource):
     ):
         if len(images) == 0:
             raise ValueError(f"{name} holds no image")
-        self.images, self.labels, self.name = images, labels, name
+        self.images, self.name = images, name
+        self._labels = None if labels is None else np.asarray(labels, dtype=np.int64)
         self.block_sizes = np.array([len(images)], dtype=np.int64)
         self.has_labels = labels is not None
         self.label_names = label_names
         self.fingerprint = hashlib.sha256(f"{images.shape}".encode() + images.tobytes()).hexdigest()
 
     def read(self, index: int) -> tuple[np.ndarray, int | None]:
-        return self.images[index], int(self.labels[index]) if self.has_labels else None
+        return self.images[index], int(self._labels[index]) if self.has_labels else None
 
     def describe(self, index: int) -> str:
         return f"{self.name}:{index}"
+
+    def _stored_labels(self) -> np.ndarray:
+        return self._labels

@@ -8,6 +8,8 @@ from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import ClassLabel, Dataset, DatasetBuilder, Features, Image, Value, load_dataset_builder
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from datasets.utils.file_utils import xopen
@@ -15,7 +17,7 @@ from huggingface_hub import constants
 from huggingface_hub.errors import HfHubHTTPError
 
 from .base import ImageSource
-from .sharded import IMAGE_EXTENSIONS, ParquetSource, TarSource, parquet_features, tar_fields
+from .sharded import IMAGE_EXTENSIONS, ParquetSource, TarSource, integers, parquet_features, tar_fields
 
 FINGERPRINTED_ROWS = 16
 NO_ACCESS = (401, 403, 404)
@@ -53,6 +55,16 @@ class DatasetSource(ImageSource):
     def describe(self, index: int) -> str:
         path = self.dataset[int(index)][self.image_column]["path"]
         return f"{self.name}:{index}" + (f" ({path})" if path else "")
+
+    def _stored_labels(self) -> np.ndarray:
+        return integers(self._column(self.label_column))
+
+    def _stored_file_names(self) -> list[str | None]:
+        return pc.struct_field(self._column(self.image_column), "path").to_pylist()
+
+    def _column(self, name: str) -> pa.ChunkedArray:
+        """Returns a column as it lies on disk, mapped into memory."""
+        return self.dataset.select_columns([name]).with_format("arrow")[:].column(name)
 
     def _fingerprint(self) -> str:
         """Columns, length and a few whole rows; hashing every image would read the whole set at each start."""

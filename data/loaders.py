@@ -8,10 +8,12 @@ is seen depends neither on processes nor on workers nor on where a run was inter
 the state there is.
 """
 
+import atexit
 import logging
+import multiprocessing
 import signal
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,9 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from .base import ImageSource
 from .decoding import BadImageError, decode_image
 from .order import SampleOrder, augmentation_seed, sample_noise
-
-if TYPE_CHECKING:  # it imports 🤗 Datasets, which data in memory does without
-    from .sharded import ShardedSource
+from .randomness import random_state_kept, seed_random_state
 
 logger = logging.getLogger(__name__)
 
@@ -62,9 +62,13 @@ class BatchPlan:
     def requests(self, epoch: int, position: int) -> Iterator[BatchRequest]:
         """Yields the global batches from there on, without end."""
         while True:
-            for start in range(position, self.samples_used, self.global_batch_size):
-                yield BatchRequest(epoch, start)
+            yield from self.requests_of_epoch(epoch, position)
             epoch, position = epoch + 1, 0
+
+    def requests_of_epoch(self, epoch: int, position: int = 0) -> Iterator[BatchRequest]:
+        """Yields the global batches from there on to the end of the epoch."""
+        for start in range(position, self.samples_used, self.global_batch_size):
+            yield BatchRequest(epoch, start)
 
     def rows(self, request: BatchRequest) -> np.ndarray:
         """Returns the sample indices that this process takes of a batch: int64 (B,)."""
@@ -86,7 +90,7 @@ class BlockReader:
     2 x max(shuffle_window, largest block) encoded images, and in each worker the one block that was read last.
     """
 
-    def __init__(self, source: "ShardedSource", plan: BatchPlan):
+    def __init__(self, source: ImageSource, plan: BatchPlan):
         self.source, self.plan = source, plan
         self.kept: dict[int, tuple[bytes, int | None]] = {}
 
@@ -104,69 +108,107 @@ class BlockReader:
             self.kept.update(zip(rows.tolist(), self.source.read_block(block, rows), strict=True))
 
 
-class PretrainingSamples(Dataset):
-    """The DataLoader's view of a source: indexed by `BatchRequest`, it gives the samples of this process's part."""
+class DecodedRow(NamedTuple):
+    """The pixels and the label of a row, or those of its substitute and what was wrong with the row itself."""
+
+    image: torch.Tensor  # uint8 (C, H, W)
+    label: int | None
+    substitute: int | None = None
+    reason: str | None = None
+
+
+def decode_or_substitute(
+    source: ImageSource, index: int, row: tuple[bytes | np.ndarray, int | None], num_channels: int
+) -> DecodedRow:
+    """Decodes a row that was read; in the place of a bad image stands the next good one of its file.
+
+    Raises:
+        RuntimeError: none of the images that follow can be decoded either.
+    """
+    try:
+        return DecodedRow(decode_image(row[0], num_channels), row[1])
+    except BadImageError as error:
+        reason = error.reason
+    substitute = index
+    for _ in range(MOST_BAD_IN_A_ROW):
+        substitute = source.next_in_file(substitute)
+        if substitute == index:
+            break
+        encoded, label = source.read(substitute)
+        try:
+            return DecodedRow(decode_image(encoded, num_channels), label, substitute, reason)
+        except BadImageError:
+            continue
+    raise RuntimeError(
+        f"neither {source.describe(index)} ({reason}) nor any image after it in its file can be decoded; "
+        "remove the file from the data set, or fetch it again"
+    )
+
+
+class OrderedSamples(Dataset):
+    """The DataLoader's view of a source: indexed by `BatchRequest`, it gives the samples of this process's part.
+
+    Args:
+        transform: uint8 (C, H, W) -> (C, h, w), drawing from the default generators of torch, Python and numpy; they
+            are seeded for each sample by (seed, epoch, index), and the caller's numbers stay where they were.
+    """
 
     def __init__(
         self,
         source: ImageSource,
         plan: BatchPlan,
         *,
-        transform: torch.nn.Module,
+        transform: Callable[[torch.Tensor], torch.Tensor],
         num_channels: int,
-        noise_shape: tuple[int, ...],
         seed: int,
     ):
         self.source, self.plan, self.transform = source, plan, transform
-        self.num_channels, self.noise_shape, self.seed = num_channels, noise_shape, seed
+        self.num_channels, self.seed = num_channels, seed
         self.read_blocks = BlockReader(source, plan) if source.reads_blocks else None
 
-    def __getitems__(self, request: BatchRequest) -> list[dict[str, Any]]:
+    def __len__(self) -> int:
+        """Images of an epoch, over all processes."""
+        return self.plan.samples_used
+
+    def __getitems__(self, request: BatchRequest) -> list[Any]:
         indices = self.plan.rows(request).tolist()
         rows = self.read_blocks(request) if self.read_blocks else map(self.source.read, indices)
-        with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay where they were
-            return [self._sample(request.epoch, index, row[0]) for index, row in zip(indices, rows, strict=True)]
+        with random_state_kept():
+            return [self._sample(request.epoch, index, row) for index, row in zip(indices, rows, strict=True)]
 
-    def _sample(self, epoch: int, index: int, encoded: bytes | np.ndarray) -> dict[str, Any]:
-        image, bad_image = self._decode(epoch, index, encoded)
-        # Not torch.manual_seed, which would also reseed the GPUs of a caller that loads in its own process.
-        torch.default_generator.manual_seed(augmentation_seed(self.seed, epoch, index))
+    def _sample(self, epoch: int, index: int, row: tuple[bytes | np.ndarray, int | None]) -> Any:
+        raise NotImplementedError
+
+    def _augment(self, epoch: int, index: int, image: torch.Tensor) -> torch.Tensor:
+        seed_random_state(augmentation_seed(self.seed, epoch, index))
+        return self.transform(image)  # (C, H, W) -> (C, h, w)
+
+
+class PretrainingSamples(OrderedSamples):
+    """Images with the noise that their masks are cut from."""
+
+    def __init__(self, source: ImageSource, plan: BatchPlan, *, noise_shape: tuple[int, ...], **options: Any):
+        super().__init__(source, plan, **options)
+        self.noise_shape = noise_shape
+
+    def _sample(self, epoch: int, index: int, row: tuple[bytes | np.ndarray, int | None]) -> dict[str, Any]:
+        decoded = decode_or_substitute(self.source, index, row, self.num_channels)
         return {
-            "pixel_values": self.transform(image),  # (C, H, W) -> (C, h, w)
+            "pixel_values": self._augment(epoch, index, decoded.image),
             "noise": torch.from_numpy(sample_noise(self.seed, epoch, index, self.noise_shape)),
             "index": index,
             "epoch": epoch,
-            "bad_image": bad_image,
+            "bad_image": None if decoded.reason is None else self._bad_image(epoch, index, decoded),
         }
 
-    def _decode(
-        self, epoch: int, index: int, encoded: bytes | np.ndarray
-    ) -> tuple[torch.Tensor, dict[str, Any] | None]:
-        """Returns the pixels and None, or those of the next good row of the file and what was wrong with this one."""
-        try:
-            return decode_image(encoded, self.num_channels), None
-        except BadImageError as error:
-            reason = error.reason
-        substitute = index
-        for _ in range(MOST_BAD_IN_A_ROW):
-            substitute = self.source.next_in_file(substitute)
-            if substitute == index:
-                break
-            try:
-                image = decode_image(self.source.read(substitute)[0], self.num_channels)
-            except BadImageError:
-                continue
-            return image, {
-                "image": self.source.describe(index),
-                "index": index,
-                "epoch": epoch,
-                "reason": reason,
-                "substitute": self.source.describe(substitute),
-            }
-        raise RuntimeError(
-            f"neither {self.source.describe(index)} ({reason}) nor any image after it in its file can be decoded; "
-            "remove the file from the data set, or fetch it again"
-        )
+    def _bad_image(self, epoch: int, index: int, decoded: DecodedRow) -> dict[str, Any]:
+        return {
+            "image": self.source.describe(index),
+            "index": index,
+            "epoch": epoch,
+            "reason": decoded.reason,
+            "substitute": self.source.describe(decoded.substitute),
+        }
 
 
 class PretrainingLoader:
@@ -174,7 +216,7 @@ class PretrainingLoader:
 
     Args:
         source: an `ImageSource`.
-        transform: module, uint8 (C, H, W) -> uint8 (C, h, w), drawing only from torch's default generator.
+        transform: module, uint8 (C, H, W) -> uint8 (C, h, w); see `OrderedSamples`.
         num_channels: C.
         noise_shape: shape of the noise that one sample's masks are cut from.
         per_device_batch_size: B.
@@ -284,6 +326,16 @@ def leave_stop_signals_to_the_caller(worker: int) -> None:
     """A signal to the process group must not take the workers from a run that wants to save and end in good order."""
     for signum in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(signum, signal.SIG_IGN)
+
+
+@atexit.register
+def _end_workers() -> None:
+    """Where a program ends with a loader still open, multiprocessing sends SIGTERM and would wait for ever."""
+    workers = [child for child in multiprocessing.active_children() if child.daemon]
+    if workers:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # else torch's handler reports them as lost
+    for worker in workers:
+        worker.kill()
 
 
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:

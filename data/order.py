@@ -7,6 +7,8 @@ tells the uses apart:
     [., k + 1, 0, 0]  permutation of the rows of window k
     [., index, 0, 1]  augmentation seed of sample `index`
     [., index, 0, 2]  noise of sample `index`
+    [., index, 0, 3]  mixing seed of the batch that begins with sample `index`
+    [., label, 0, 4]  permutation of the images of class `label`, in epoch 0, for low-shot subsets
 
 Only raw Philox words are used: numpy promises that these never change from version to version, which it does not
 promise of `Generator.permutation`. So an order, once drawn, can be drawn again years later.
@@ -16,7 +18,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-AUGMENTATION, NOISE = 1, 2
+AUGMENTATION, NOISE, MIXING, CLASS = 1, 2, 3, 4
 
 
 class SampleOrder:
@@ -96,8 +98,18 @@ class SampleOrder:
 
 
 def augmentation_seed(seed: int, epoch: int, index: int) -> int:
-    """Returns the 63-bit seed of the random crop and flip of one sample."""
-    return int(_raw(seed, epoch, index, AUGMENTATION, 1)[0] >> np.uint64(1))
+    """Returns the 63-bit seed of the augmentation of one sample."""
+    return _seed(seed, epoch, index, AUGMENTATION)
+
+
+def mixing_seed(seed: int, epoch: int, first_index: int) -> int:
+    """Returns the 63-bit seed by which a batch is mixed; `first_index` is its first sample."""
+    return _seed(seed, epoch, first_index, MIXING)
+
+
+def class_permutation(n: int, seed: int, label: int) -> np.ndarray:
+    """Returns a permutation of the n images of a class: int64 (n,)."""
+    return _permutation(n, seed, 0, label, CLASS)
 
 
 def sample_noise(seed: int, epoch: int, index: int, shape: tuple[int, ...]) -> np.ndarray:
@@ -109,12 +121,16 @@ def sample_noise(seed: int, epoch: int, index: int, shape: tuple[int, ...]) -> n
     return (bits.astype(np.float32) * np.float32(2**-24)).reshape(shape)
 
 
+def _seed(seed: int, epoch: int, index: int, use: int) -> int:
+    return int(_raw(seed, epoch, index, use, 1)[0] >> np.uint64(1))
+
+
 def _raw(seed: int, epoch: int, index: int, use: int, count: int) -> np.ndarray:
     return np.random.Philox(key=[seed, epoch], counter=[0, index, 0, use]).random_raw(count)
 
 
-def _permutation(n: int, seed: int, epoch: int, stream: int) -> np.ndarray:
-    return np.argsort(_raw(seed, epoch, stream, 0, n), kind="stable")
+def _permutation(n: int, seed: int, epoch: int, stream: int, use: int = 0) -> np.ndarray:
+    return np.argsort(_raw(seed, epoch, stream, use, n), kind="stable")
 
 
 def _window_ends(block_ends: np.ndarray, window: int) -> np.ndarray:

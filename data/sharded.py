@@ -13,14 +13,15 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from datasets import Features, config
 from datasets.utils.file_utils import xopen
 from datasets.utils.logging import get_logger
-from pyarrow import ArrowInvalid, ChunkedArray
 
 from .base import ImageSource
 
@@ -31,6 +32,8 @@ IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 # WebDataset's rule: the key is everything up to the first dot of the base name, the field what follows it.
 MEMBER_NAME = re.compile(r"^((?:.*/)?[^./][^./]*)\.([^/]+)$")
 logger = get_logger(__name__)
+
+T = TypeVar("T")
 
 
 class ShardedSource(ImageSource):
@@ -50,7 +53,7 @@ class ShardedSource(ImageSource):
         *,
         label_names: list[str] | None,
     ):
-        self.files, self.label_names = list(files), label_names
+        self.files, self.name, self.label_names = list(files), _some(files), label_names
         self.block_sizes = np.concatenate([np.asarray(sizes, dtype=np.int64) for sizes in blocks_per_file])
         self.block_ends = np.cumsum(self.block_sizes)
         self.block_files = np.repeat(np.arange(len(files)), [len(sizes) for sizes in blocks_per_file])
@@ -83,10 +86,6 @@ class ShardedSource(ImageSource):
 
     def read(self, index: int) -> tuple[bytes, int | None]:
         return self.read_block(int(self.block_of(index)), np.array([index]))[0]
-
-    def block_of(self, indices: int | np.ndarray) -> np.int64 | np.ndarray:
-        """Returns the block that holds each index: int64, the shape of `indices`."""
-        return np.searchsorted(self.block_ends, indices, side="right")
 
     def describe(self, index: int) -> str:
         number = self._file_of(index)
@@ -124,10 +123,11 @@ class ParquetSource(ShardedSource):
         super().__init__(files, [rows for rows, _ in listing], label_names=label_names)
         self.columns = [image_column] if label_column is None else [image_column, label_column]
         self.has_labels = label_column is not None
+        self.identities, self.cache_dir = identities, cache_dir
         self.fingerprint = _fingerprint(files, listing, self.columns)
         block_numbers = [np.arange(len(rows)) for rows, _ in listing]
         self.row_groups = np.concatenate(block_numbers)  # number of each block within its file
-        self._last: tuple[int, list[ChunkedArray]] | tuple[None, None] = (None, None)
+        self._last: tuple[int, list[pa.ChunkedArray]] | tuple[None, None] = (None, None)
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_last": (None, None)}
@@ -142,13 +142,28 @@ class ParquetSource(ShardedSource):
         labels = [columns[1][int(row - first)].as_py() for row in rows] if self.has_labels else [None] * len(rows)
         return list(zip(images, labels, strict=True))
 
-    def read_row_group(self, block: int) -> list[ChunkedArray]:
+    def read_row_group(self, block: int) -> list[pa.ChunkedArray]:
         """Returns the columns of one row group, from memory if it is the one read last."""
         if self._last[0] != block:
             file = self.opened(self.files[self.block_files[block]])
             table = file.read_row_group(int(self.row_groups[block]), columns=self.columns, use_threads=False)
             self._last = (block, [table.column(name) for name in self.columns])
         return self._last[1]
+
+    def _stored_labels(self) -> np.ndarray:
+        """Reads only the label column of each file, and keeps it as the listing is kept."""
+        column = self.columns[1]
+
+        def read_labels(path: str) -> tuple[np.ndarray]:
+            return (integers(_read_parquet(path, column).column(0)),)
+
+        kind = f"parquet labels {column}"
+        listing = _cached_listing(kind, self.files, self.identities, self.cache_dir, read_labels)
+        return np.concatenate([labels for (labels,) in listing])
+
+    def _stored_file_names(self) -> list[str | None]:
+        tables = _list_all(self.files, lambda path: _read_parquet(path, f"{self.columns[0]}.path"))
+        return [name for table in tables for name in _paths(table)]
 
 
 class TarSource(ShardedSource):
@@ -178,23 +193,35 @@ class TarSource(ShardedSource):
         listing = _cached_listing(kind, files, identities, cache_dir, list_samples)
         sizes = [_cut(len(offsets), SAMPLES_PER_TAR_BLOCK) for offsets, _, _ in listing]
         super().__init__(files, sizes, label_names=label_names)
-        self.offsets, self.lengths, self.labels = (np.concatenate(parts) for parts in zip(*listing, strict=True))
+        self.offsets, self.lengths, self._labels = (np.concatenate(parts) for parts in zip(*listing, strict=True))
         self.has_labels = label_field is not None
         self.fingerprint = _fingerprint(files, listing, [])
 
     def read_block(self, block: int, rows: np.ndarray) -> list[tuple[bytes, int | None]]:
         file = self.opened(self.files[self.block_files[block]])
-        return [(self._read_member(file, row), int(self.labels[row]) if self.has_labels else None) for row in rows]
+        return [(self._read_member(file, row), int(self._labels[row]) if self.has_labels else None) for row in rows]
 
     def _read_member(self, file: BinaryIO, row: int) -> bytes:
         file.seek(int(self.offsets[row]))
         return file.read(int(self.lengths[row]))
+
+    def _stored_labels(self) -> np.ndarray:
+        return self._labels
+
+    def _stored_file_names(self) -> list[str | None]:
+        keys = _list_all(self.files, lambda path: dict.fromkeys(key for key, *_ in _members(path)))
+        return [key for keys_of_file in keys for key in keys_of_file]
 
 
 def parquet_features(path: str) -> Features:
     """Returns the `datasets.Features` of a parquet file, from its schema."""
     with xopen(path, "rb") as file:
         return Features.from_arrow_schema(_open_parquet(file, path).schema_arrow)
+
+
+def integers(column: pa.ChunkedArray) -> np.ndarray:
+    """Returns a column of integers as int64 (rows,), -1 where a cell is empty."""
+    return column.cast(pa.int64()).fill_null(-1).to_numpy()
 
 
 def tar_fields(path: str) -> list[str]:
@@ -258,10 +285,23 @@ def _list_row_groups(path: str) -> tuple[np.ndarray, np.ndarray]:
     return rows, np.array([group.total_byte_size for group in groups], dtype=np.int64)
 
 
+def _read_parquet(path: str, column: str) -> pa.Table:
+    """Reads one column of a file, and nothing else of it."""
+    with xopen(path, "rb") as file:
+        return _open_parquet(file, path).read(columns=[column])
+
+
+def _paths(table: pa.Table) -> list[str | None]:
+    """Takes the file names out of a table of image cells; cells that are bare bytes have none."""
+    if table.num_columns == 0:
+        return [None] * table.num_rows
+    return pc.struct_field(table.column(0), "path").to_pylist()
+
+
 def _open_parquet(file: BinaryIO, path: str) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(file, pre_buffer=True)
-    except ArrowInvalid as error:
+    except pa.ArrowInvalid as error:
         raise ValueError(f"{path} is no parquet file or a damaged one, fetch it again: {error}") from error
 
 
@@ -288,9 +328,7 @@ def _cached_listing(
         return [tuple(stored[f"{n}.{part}"] for part in range(width)) for n in range(len(files))]
 
 
-def _list_all(
-    files: Sequence[str], list_file: Callable[[str], tuple[np.ndarray, ...]]
-) -> list[tuple[np.ndarray, ...]]:
+def _list_all(files: Sequence[str], list_file: Callable[[str], T]) -> list[T]:
     logger.info(f"Listing the contents of {len(files)} file(s), once: {_some(files)}")
     with ThreadPoolExecutor(LISTING_THREADS) as threads:
         return list(threads.map(list_file, files))

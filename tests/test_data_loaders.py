@@ -2,6 +2,8 @@
 
 import logging
 import random
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -185,6 +187,20 @@ def test_the_callers_random_numbers_are_left_alone_and_have_no_say(workers):
         assert np.array_equal(before[1], np.random.get_state()[1])
         assert before[2] == random.getstate()
     assert_same(*runs)
+
+
+LEFT_OPEN = """
+from mimae.data.sources import open_image_source
+from mimae.tests.data_helpers import pretraining_loader
+batches = pretraining_loader(open_image_source(), num_channels=1, num_workers=1).batches()
+next(batches)
+"""
+
+
+def test_a_program_ends_although_a_loader_is_still_open():
+    """Its workers ignore the signal by which they would otherwise be ended."""
+    result = subprocess.run([sys.executable, "-c", LEFT_OPEN], capture_output=True, text=True, timeout=120)
+    assert (result.returncode, result.stderr) == (0, "")
 
 
 def test_another_seed_is_another_run():
@@ -376,7 +392,7 @@ def test_evaluation_takes_the_samples_asked_for():
     (batch,) = evaluation_batches(
         source, indices=[5, 2], transform=evaluation_transform(8, 1), num_channels=1, batch_size=8
     )
-    assert batch["labels"].tolist() == source.labels[[5, 2]].tolist()
+    assert batch["labels"].tolist() == source.labels()[[5, 2]].tolist()
     assert torch.equal(batch["pixel_values"][:, 0], torch.from_numpy(source.images[[5, 2]]))
 
 

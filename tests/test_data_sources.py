@@ -78,7 +78,7 @@ def test_the_default_is_the_digits_cut_in_proportion():
     assert images[0].dtype == np.uint8
     assert (images[0].min(), images[0].max()) == (0, 255)
     for source in (train, test):
-        counts = np.bincount(source.labels, minlength=10) / len(source)
+        counts = np.bincount(source.labels(), minlength=10) / len(source)
         assert np.abs(counts - 0.1).max() < 0.01
     assert train.label_names == [str(digit) for digit in range(10)]
     assert train.read(0)[0].shape == (8, 8)
@@ -264,6 +264,84 @@ def test_a_listing_is_not_kept_of_files_that_could_change_unseen(tmp_path):
                 data_files=f"{url}/shard-0.parquet", streaming=True, cache_dir=str(tmp_path / "cache")
             )
             assert len(source) == size
+
+
+# Labels and file names, without the images
+
+
+def blank_images(path):
+    """Overwrites what a shard stores of its images, so that nobody can have read them."""
+    content = bytearray(Path(path).read_bytes())
+    if path.endswith(".tar"):
+        with tarfile.open(path) as archive:
+            ranges = [(m.offset_data, m.size) for m in archive if m.name.endswith(".jpg")]
+    else:
+        footer = pq.ParquetFile(path).metadata
+        columns = [footer.row_group(group).column(0) for group in range(footer.num_row_groups)]
+        assert all(column.path_in_schema == "image.bytes" for column in columns)
+        ranges = [(c.dictionary_page_offset or c.data_page_offset, c.total_compressed_size) for c in columns]
+    for start, length in ranges:
+        content[start : start + length] = bytes(length)
+    Path(path).write_bytes(content)
+
+
+@pytest.mark.parametrize("write", [write_parquet, write_tars])
+def test_labels_of_a_stream_are_read_without_its_images(tmp_path, write):
+    paths = write(tmp_path, shards(20, 7))
+    for path in paths:
+        blank_images(path)
+    source = open_image_source(data_files=paths, streaming=True, cache_dir=str(tmp_path / "cache"))
+    labels = source.labels()
+    assert labels.dtype == np.int64
+    assert labels.tolist() == [label for _, label in expected_rows(20, 7)]
+
+
+def test_labels_in_memory_and_of_a_folder(image_folder, tmp_path):
+    digits = open_image_source()
+    assert digits.labels().tolist() == [digits.read(row)[1] for row in range(len(digits))]
+    assert digits.labels().dtype == np.int64
+    _, labels = write_idx_folder(tmp_path / "idx", compress=False)
+    assert open_image_source(train_dir=str(tmp_path / "idx")).labels().tolist() == labels.tolist()
+    folder = open_image_source(train_dir=image_folder, cache_dir=str(tmp_path / "cache"))
+    assert folder.labels().tolist() == [0, 0, 0, 1, 1, 1]
+
+
+def test_labels_that_are_not_there_are_refused_with_the_way_out(tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "1.jpg").write_bytes(jpegs(1)[0])
+    source = open_image_source(train_dir=str(tmp_path / "photos"), cache_dir=str(tmp_path / "cache"))
+    with pytest.raises(ValueError, match=r"photos\[train\] has no labels: .*--label_column_name"):
+        source.labels()
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("labels", [[2, -1, -1], [2, None, None]])
+def test_an_unlabelled_split_says_so(tmp_path, streaming, labels):
+    path = write_columns(tmp_path / "a.parquet", image=jpegs(3), label=pa.array(labels, pa.int64()))
+    source = open_image_source(data_files=path, streaming=streaming, cache_dir=str(tmp_path / "cache"))
+    with pytest.raises(ValueError, match=r"2 of the 3 images .*:1: .*unlabelled test split"):
+        source.labels()
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_rows_know_their_file_names(tmp_path, streaming):
+    names = ["n01440764_10026_n01440764.JPEG", "x.jpg", "y.jpg"]
+    cells = [{"bytes": image, "path": name} for image, name in zip(jpegs(3), names, strict=True)]
+    path = write_columns(tmp_path / "a.parquet", image=cells, label=[0, 1, 2])
+    options = {"streaming": streaming, "cache_dir": str(tmp_path / "cache")}
+    assert open_image_source(data_files=path, **options).file_names() == names
+    nameless = write_columns(tmp_path / "b.parquet", image=jpegs(3), label=[0, 1, 2])
+    for files in (nameless, write_parquet(tmp_path / "c", shards(3))):
+        with pytest.raises(ValueError, match=r":0 has no file name.*--train_fraction"):
+            open_image_source(data_files=files, **options).file_names()
+
+
+def test_a_folder_and_an_archive_know_their_file_names(image_folder, tmp_path):
+    source = open_image_source(train_dir=image_folder, cache_dir=str(tmp_path / "cache"))
+    assert [Path(name).name for name in source.file_names()] == ["3.jpg", "4.jpg", "5.jpg", "0.jpg", "1.jpg", "2.jpg"]
+    paths = write_tars(tmp_path / "tars", shards(3, 2))
+    source = open_image_source(data_files=paths, streaming=True, cache_dir=str(tmp_path / "cache"))
+    assert source.file_names() == ["00000", "00001", "00002", "00000", "00001"]
 
 
 # Columns

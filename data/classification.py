@@ -1,0 +1,319 @@
+"""Labelled batches for `transformers.Trainer` or a loop of one's own.
+
+Shapes: B images per process and batch, G = B x processes (the global batch), C channels, h, w the model's image size,
+K classes.
+
+The loaders know their process and must not be given to `accelerator.prepare`: a Trainer returns them from
+`get_train_dataloader` and `get_eval_dataloader`. Batches hold "pixel_values" float32 (B, C, h, w) and "labels", and
+nothing else, so that they can be passed to a model as they are.
+"""
+
+import logging
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from .augmentation import Mixing, Transform
+from .base import ImageSource
+from .decoding import BadImageError, decode_image
+from .loaders import (
+    BatchPlan,
+    BatchRequest,
+    OrderedSamples,
+    decode_or_substitute,
+    leave_stop_signals_to_the_caller,
+)
+from .order import SampleOrder, augmentation_seed, mixing_seed
+from .randomness import random_state_kept, seed_random_state
+
+logger = logging.getLogger(__name__)
+
+IGNORED = -100  # the label that losses and metrics leave out
+IMAGES_NAMED = 10
+
+
+class LabelledLoader(DataLoader):
+    """Leaves the caller's random numbers alone, and names the images that could not be decoded after an epoch."""
+
+    def __init__(self, samples: "LabelledSamples | LabelledEvaluationSamples", **options: Any):
+        # without a generator of its own a DataLoader draws from the caller's
+        super().__init__(
+            samples, generator=torch.Generator(), worker_init_fn=leave_stop_signals_to_the_caller, **options
+        )
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        yield from super().__iter__()
+        self.dataset.bad_images.warn()
+
+    @property
+    def bad_images(self) -> list[str]:
+        """Descriptions of the images that this process could not decode so far."""
+        return self.dataset.bad_images.describe()
+
+
+class ClassificationLoader(LabelledLoader):
+    """Training batches, the same whatever the number of workers; all processes together see one order.
+
+    What is seen is a function of (seed, epoch): the order and the augmentation of each image, and how a batch is
+    mixed, which also depends on B. An epoch's remainder, smaller than G, is dropped; another epoch drops other
+    images. A bad image is replaced by the next good one of its file, and its label with it.
+
+    `set_epoch` chooses the epoch, as a Trainer does. A Trainer resumes within an epoch by
+    `accelerate.skip_first_batches`, which here reads nothing of what it skips.
+
+    Args:
+        source: an `ImageSource` with labels.
+        transform: uint8 (C, H, W) -> float32 (C, h, w), drawing only from the default generators of torch, Python and
+            numpy.
+        num_channels: C.
+        per_device_batch_size: B.
+        label_map: int64, the model's label for each label of the source, see `label_mapping`; None: the same.
+        mixing: what `augmentation.mixing` returns; with it labels are float32 (B, K), else int64 (B,).
+        num_processes, process_index: of the distributed run.
+        seed: of order, augmentation and mixing.
+        num_workers: processes that read and decode; 0: the caller's own.
+        shuffle_window: how many rows of a sharded source are shuffled together, see `SampleOrder`.
+        pin_memory: copy batches to page-locked memory.
+
+    Raises:
+        ValueError: fewer images than one global batch takes; while reading, an image without a label of the map.
+        RuntimeError: while reading, no image of a file can be decoded.
+    """
+
+    def __init__(
+        self,
+        source: ImageSource,
+        *,
+        transform: Transform,
+        num_channels: int,
+        per_device_batch_size: int,
+        label_map: np.ndarray | None = None,
+        mixing: Mixing | None = None,
+        num_processes: int = 1,
+        process_index: int = 0,
+        seed: int = 0,
+        num_workers: int = 0,
+        shuffle_window: int = 8192,
+        pin_memory: bool = False,
+    ):
+        global_batch_size = per_device_batch_size * num_processes
+        if len(source) < global_batch_size:
+            raise ValueError(
+                f"{len(source)} training images are fewer than one global batch of {global_batch_size}: lower "
+                "per_device_train_batch_size"
+            )
+        plan = BatchPlan(
+            SampleOrder(source.block_sizes, seed, shuffle_window),
+            per_device_batch_size=per_device_batch_size,
+            global_batch_size=global_batch_size,
+            process_index=process_index,
+            samples_used=len(source) // global_batch_size * global_batch_size,
+            stride=max(1, num_workers),
+        )
+        super().__init__(
+            LabelledSamples(
+                source, plan, label_map=label_map, transform=transform, num_channels=num_channels, seed=seed
+            ),
+            batch_sampler=EpochRequests(plan),
+            collate_fn=MixedBatch(mixing, seed),
+            num_workers=num_workers,
+            pin_memory=pin_memory,
+            persistent_workers=num_workers > 0,
+        )
+
+    def set_epoch(self, epoch: int) -> None:
+        """The next iteration gives the batches of this epoch."""
+        self.batch_sampler.set_epoch(epoch)
+
+
+class ClassificationEvaluationLoader(LabelledLoader):
+    """Every image once, in order.
+
+    All processes get the same number of batches, all of one size: global batch b is rows b G to (b + 1) G, and process
+    r takes rows r B to (r + 1) B of it, so that what is gathered stands in the order of the source. Past the last
+    image, and in the place of an image that cannot be decoded, stands a black one with label -100. Labels are int64
+    (B,).
+
+    Args:
+        source, transform, num_channels, label_map, num_processes, process_index, num_workers, pin_memory: as for
+            `ClassificationLoader`. A random transform gets its numbers by the index of the image alone.
+        batch_size: B.
+
+    Raises:
+        ValueError: while reading, an image without a label of the map.
+    """
+
+    def __init__(
+        self,
+        source: ImageSource,
+        *,
+        transform: Transform,
+        num_channels: int,
+        batch_size: int,
+        label_map: np.ndarray | None = None,
+        num_processes: int = 1,
+        process_index: int = 0,
+        num_workers: int = 0,
+        pin_memory: bool = False,
+    ):
+        starts = range(process_index * batch_size, _round_up(len(source), num_processes * batch_size), batch_size)
+        super().__init__(
+            LabelledEvaluationSamples(source, label_map=label_map, transform=transform, num_channels=num_channels),
+            batch_sampler=[range(start, start + batch_size) for start in starts[::num_processes]],
+            collate_fn=stack,
+            num_workers=num_workers,
+            pin_memory=pin_memory,
+        )
+
+
+class EpochRequests:
+    """The batch sampler of one epoch at a time."""
+
+    def __init__(self, plan: BatchPlan):
+        self.plan, self.epoch = plan, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.plan.samples_used // self.plan.global_batch_size
+
+    def __iter__(self) -> Iterator[BatchRequest]:
+        return self.plan.requests_of_epoch(self.epoch)
+
+
+class BadImages:
+    """Which images could not be decoded, in memory that the workers share: one flag for each image of the source."""
+
+    def __init__(self, source: ImageSource, consequence: str):
+        self.source, self.consequence = source, consequence
+        self.flags = torch.zeros(len(source), dtype=torch.bool).share_memory_()
+        self.warned = 0
+
+    def add(self, index: int) -> None:
+        self.flags[index] = True
+
+    def describe(self) -> list[str]:
+        return [self.source.describe(index) for index in self.flags.nonzero().flatten().tolist()]
+
+    def warn(self) -> None:
+        """Names the images, if there are more of them than at the last warning."""
+        if self.flags.sum() > self.warned:
+            images = self.describe()
+            self.warned = len(images)
+            logger.warning(
+                "%d image(s) could not be decoded and were %s: %s",
+                len(images),
+                self.consequence,
+                images[:IMAGES_NAMED],
+            )
+
+
+class LabelledSample(NamedTuple):
+    """One image of a training batch, and what its batch is mixed by."""
+
+    pixel_values: torch.Tensor  # float32 (C, h, w)
+    label: int
+    epoch: int
+    index: int
+
+
+class LabelledSamples(OrderedSamples):
+    """Augmented images with their labels."""
+
+    def __init__(self, source: ImageSource, plan: BatchPlan, *, label_map: np.ndarray | None, **options: Any):
+        super().__init__(source, plan, **options)
+        self.label_map, self.bad_images = label_map, BadImages(source, "replaced")
+
+    def _sample(self, epoch: int, index: int, row: tuple[bytes | np.ndarray, int | None]) -> LabelledSample:
+        decoded = decode_or_substitute(self.source, index, row, self.num_channels)
+        if decoded.substitute is None:
+            seen = index
+        else:
+            seen = decoded.substitute
+            self.bad_images.add(index)
+        label = class_of(self.source, seen, decoded.label, self.label_map)
+        return LabelledSample(self._augment(epoch, index, decoded.image), label, epoch, index)
+
+
+class LabelledEvaluationSamples(Dataset):
+    """Images in order with their labels; indexed by ranges of rows, which may reach beyond the last image."""
+
+    def __init__(
+        self,
+        source: ImageSource,
+        *,
+        label_map: np.ndarray | None,
+        transform: Transform,
+        num_channels: int,
+    ):
+        self.source, self.label_map, self.transform, self.num_channels = source, label_map, transform, num_channels
+        self.bad_images = BadImages(source, "left out")
+        black = transform(torch.zeros(num_channels, 1, 1, dtype=torch.uint8))  # (C, h, w)
+        self.padding = black, IGNORED
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitems__(self, rows: range) -> list[tuple[torch.Tensor, int]]:
+        with random_state_kept():
+            return [self._sample(row) if row < len(self) else self.padding for row in rows]
+
+    def _sample(self, index: int) -> tuple[torch.Tensor, int]:
+        encoded, label = self.source.read(index)
+        label = class_of(self.source, index, label, self.label_map)
+        try:
+            image = decode_image(encoded, self.num_channels)
+        except BadImageError:
+            self.bad_images.add(index)
+            return self.padding
+        seed_random_state(augmentation_seed(0, 0, index))
+        return self.transform(image), label
+
+
+class MixedBatch:
+    """Collates a training batch; mixing is a function of (seed, epoch, first index of the batch)."""
+
+    def __init__(self, mixing: Mixing | None, seed: int):
+        self.mixing, self.seed = mixing, seed
+
+    def __call__(self, samples: list[LabelledSample]) -> dict[str, torch.Tensor]:
+        batch = stack(samples)
+        if self.mixing is None:
+            return batch
+        with random_state_kept():
+            seed_random_state(mixing_seed(self.seed, samples[0].epoch, samples[0].index))
+            pixel_values, labels = self.mixing(batch["pixel_values"], batch["labels"])
+        return {"pixel_values": pixel_values, "labels": labels}
+
+
+def stack(samples: list[tuple]) -> dict[str, torch.Tensor]:
+    """Collates tuples that begin with an image and a label."""
+    return {
+        "pixel_values": torch.stack([sample[0] for sample in samples]),  # (B, C, h, w)
+        "labels": torch.tensor([sample[1] for sample in samples]),  # (B,)
+    }
+
+
+def class_of(source: ImageSource, index: int, label: int | None, label_map: np.ndarray | None) -> int:
+    """Returns the model's label of a row that was read with `label`.
+
+    Raises:
+        ValueError: the row has no label, or one that is not in the map; names the row.
+    """
+    if label is None or label < 0:
+        raise ValueError(f"{source.describe(index)} has no label: take a labelled split, or see --label_column_name")
+    if label_map is None:
+        return label
+    if label >= len(label_map):
+        raise ValueError(
+            f"{source.describe(index)} has label {label}, but the label list ends with {len(label_map) - 1}"
+        )
+    return int(label_map[label])
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
