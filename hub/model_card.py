@@ -25,7 +25,6 @@ NO_REPOSITORY_YET = "REPOSITORY_OR_FOLDER_OF_THIS_CARD"
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 LOSS_NAMES = {
-    "loss": "loss (objective + L_approx)",
     "objective": "objective (Eq. 11)",
     "reconstruction_loss": "L_rec (Eq. 1)",
     "mi_max_loss": "L_max (Eq. 7, InfoNCE)",
@@ -261,7 +260,13 @@ def _own_data(values: Mapping[str, Any], recipe: Mapping[str, Any]) -> dict[str,
 def _eval_results(data: dict[str, str], figures: list[tuple[str, str, float | None]]) -> list[EvalResult]:
     """Entries of a model-index from (metric, its name in words, value); what was not measured is left out."""
     return [
-        EvalResult(task_type="image-classification", metric_type=metric, metric_name=name, metric_value=value, **data)
+        EvalResult(
+            task_type="image-classification",
+            metric_type=metric,
+            metric_name=name,
+            metric_value=round(value, 4),
+            **data,
+        )
         for metric, name, value in figures
         if value is not None
     ]

@@ -390,6 +390,18 @@ def test_no_token_is_written_or_said(client, hub, environment, run, classifier):
         assert not [place for place, content in places.items() if token.encode() in content]
 
 
+def test_a_token_among_the_flags_or_in_a_recipe_is_refused_unsaid(tmp_path, capfd):
+    # huggingface_hub has a place of its own for it
+    recipe, folder = tmp_path / "recipe.yaml", tmp_path / "run"
+    recipe.write_text(f"hub_token: {WRITE}\n")
+    for extra in (["--hub_token", WRITE], ["--config", str(recipe)]):
+        with pytest.raises(ValueError, match=r"unknown .*hub_token") as refusal:
+            pretrain(folder, *extra)
+        assert WRITE not in str(refusal.value)
+    assert not folder.exists()
+    assert WRITE not in "".join(capfd.readouterr())
+
+
 def test_a_token_in_a_name_is_not_repeated(client):
     report = client.push("nowhere", f"{WRITE}/x y")
     assert "hf_…" in report["error"]
