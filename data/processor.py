@@ -1,6 +1,6 @@
 """What users of a model put before it: size, mean and standard deviation, as `preprocessor_config.json` has them."""
 
-from torchvision.transforms import InterpolationMode
+from PIL.Image import Resampling
 from transformers import ViTImageProcessor
 
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
@@ -29,7 +29,7 @@ def build_image_processor(image_size: tuple[int, int], mean: list[float], std: l
     height, width = image_size
     return ViTImageProcessor(
         size={"height": height, "width": width},
-        resample=InterpolationMode.BICUBIC.value,
+        resample=Resampling.BICUBIC,
         image_mean=mean,
         image_std=std,
         do_convert_rgb=len(mean) == len(IMAGENET_MEAN),

@@ -203,7 +203,8 @@ def parse_arguments(
     )
     known = [action.dest for action in parser._actions]
     for flag in unknown[:1]:
-        raise RecipeError(f"unknown flag {flag!r}{_did_you_mean(flag.lstrip('-').split('=')[0], known)}")
+        name = flag.split("=")[0]  # what follows may be a token
+        raise RecipeError(f"unknown flag {name!r}{_did_you_mean(name.lstrip('-'), known)}")
     overrides = {key: value for key, value in vars(rest).items() if key in fields}
     return instances, {**{k: v for k, v in recipe.items() if k in fields}, **overrides}, recipe_path
 

@@ -58,6 +58,7 @@ def write_results(output_dir: Path, *, recipe: dict[str, Any], summary: dict[str
         "final": {name: value for name in LOSSES if (value := _last(lines, name)) is not None},
         "probe_before": probes.get(0),
         "probe_after": probes[max(probes)] if probes else None,
+        "commit": source_commit(),
         "versions": package_versions(),
     }
     save_curves(
