@@ -394,7 +394,7 @@ def test_a_token_among_the_flags_or_in_a_recipe_is_refused_unsaid(tmp_path, capf
     # huggingface_hub has a place of its own for it
     recipe, folder = tmp_path / "recipe.yaml", tmp_path / "run"
     recipe.write_text(f"hub_token: {WRITE}\n")
-    for extra in (["--hub_token", WRITE], ["--config", str(recipe)]):
+    for extra in (["--hub_token", WRITE], [f"--hub_token={WRITE}"], ["--config", str(recipe)]):
         with pytest.raises(ValueError, match=r"unknown .*hub_token") as refusal:
             pretrain(folder, *extra)
         assert WRITE not in str(refusal.value)
