@@ -17,7 +17,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -159,7 +159,7 @@ class ClassificationRun:
             cutmix=args.cutmix,
             label_smoothing=args.label_smoothing,
         )
-        loader = self.training_loader(transform, mixed)
+        loader, further = self.training_loader(transform, mixed), self.robustness_tests(names)
         learning_rate = self.scaled(args.base_learning_rate)
         optimizer = build_finetuning_adamw(
             model,
@@ -175,7 +175,7 @@ class ClassificationRun:
         self.save(model)
         return {
             "metrics": metrics,
-            "robustness": self.robustness(trainer, names),
+            "robustness": {key: test(trainer) for key, test in further.items()},
             "label_names": names,
             "predictions": (targets, classes[:, 0]),
             "features": self.pictured_features(model, names),
@@ -235,40 +235,49 @@ class ClassificationRun:
         config = self.config()
         names = [config.id2label[i] for i in range(config.num_labels)]
         model = self.load(MIMAEForImageClassification, config)
-        trainer = self.tester(model)
+        trainer, further = self.tester(model), self.robustness_tests(names)
         metrics, classes, targets = trainer.test(self.evaluation_loader(self.held_out_images, names))
         return {
             "metrics": metrics,
-            "robustness": self.robustness(trainer, names),
+            "robustness": {key: test(trainer) for key, test in further.items()},
             "label_names": names,
             "predictions": (targets, classes[:, 0]),
             "features": self.pictured_features(model, names),
         }
 
-    def robustness(self, trainer: ClassificationTrainer, names: Sequence[str]) -> dict[str, Any]:
-        """The trainer's model on each further set that the flags name."""
-        data_args, found = self.data_args, {}
+    def robustness_tests(self, names: Sequence[str]) -> dict[str, Callable[[ClassificationTrainer], dict[str, Any]]]:
+        """A test for each further set that the flags name: of a trainer's model, whose classes have these names.
+
+        The sets are opened here: what is wrong with one is told before anything is trained.
+        """
+        data_args, tests = self.data_args, {}
         for key, wnids in (("imagenet_a", imagenet_a_wnids()), ("imagenet_r", imagenet_r_wnids())):
             if folder := getattr(data_args, f"{key}_dir"):
-                restricted = self.tester(RestrictedClassifier(trainer.model, class_positions(wnids, names)))
-                found[key], _, _ = restricted.test(self.evaluation_loader(open_folder(folder), wnids))
+                loader = self.evaluation_loader(open_folder(folder), wnids)
+                tests[key] = partial(self.restricted_metrics, class_positions(wnids, names), loader)
         if folder := data_args.imagenet_sketch_dir:
-            found["imagenet_sketch"], _, _ = trainer.test(self.evaluation_loader(open_folder(folder), names))
+            tests["imagenet_sketch"] = partial(metrics_on, self.evaluation_loader(open_folder(folder), names))
         if folder := data_args.imagenet_c_dir:
             cropped = evaluation_transform(self.image_size, crop_ratio=1)  # as the published images are
             loaders = {
                 key: self.evaluation_loader(open_folder(images), names, cropped)
                 for key, images in corruption_folders(folder).items()
             }
-            found["imagenet_c"] = corruption_table(errors_of(trainer, loaders), relative_to_alexnet=True)
+            tests["imagenet_c"] = partial(corruption_errors, loaders, relative_to_alexnet=True)
         if data_args.corruptions:
             loaders = {
                 (corruption, severity): self.corrupted_loader(names, corruption, severity)
                 for corruption in data_args.corruptions
                 for severity in SEVERITIES
             }
-            found["corruptions"] = corruption_table(errors_of(trainer, loaders))
-        return found
+            tests["corruptions"] = partial(corruption_errors, loaders, relative_to_alexnet=False)
+        return tests
+
+    def restricted_metrics(
+        self, positions: Sequence[int], loader: ClassificationEvaluationLoader, trainer: ClassificationTrainer
+    ) -> dict[str, float]:
+        """Metrics of a trainer's model among the classes at these positions alone."""
+        return metrics_on(loader, self.tester(RestrictedClassifier(trainer.model, positions)))
 
     # --- images -----------------------------------------------------------------------------------------------------
 
@@ -279,7 +288,8 @@ class ClassificationRun:
         with PartialState().main_process_first():
             source = data_args.open_split(data_args.train_split)
         if data_args.train_fraction is not None:
-            return SubsetSource(source, low_shot_indices(source.labels(), data_args.train_fraction, self.args.seed))
+            indices = low_shot_indices(source.labels(), data_args.train_fraction, self.args.seed, source.label_names)
+            return SubsetSource(source, indices)
         if data_args.train_subset_file is not None:
             return SubsetSource(source, read_subset_file(data_args.train_subset_file, source))
         return source
@@ -563,16 +573,24 @@ def label_map(source: ImageSource, names: Sequence[str]) -> np.ndarray | None:
     return np.array(class_positions(source.label_names, names))
 
 
-def errors_of(
-    trainer: ClassificationTrainer, loaders: Mapping[tuple[str, int], ClassificationEvaluationLoader]
-) -> dict[tuple[str, int], float]:
-    """The top-1 error by corruption and severity."""
+def metrics_on(loader: ClassificationEvaluationLoader, trainer: ClassificationTrainer) -> dict[str, float]:
+    """Metrics of a trainer's model on other images."""
+    metrics, _, _ = trainer.test(loader)
+    return metrics
+
+
+def corruption_errors(
+    loaders: Mapping[tuple[str, int], ClassificationEvaluationLoader],
+    trainer: ClassificationTrainer,
+    *,
+    relative_to_alexnet: bool,
+) -> dict[str, Any]:
+    """The `corruption_table` of a trainer's model, from images by corruption and severity."""
     errors = {}
     for (corruption, severity), loader in loaders.items():
-        metrics, _, _ = trainer.test(loader)
-        errors[corruption, severity] = 1 - metrics["accuracy"]
+        errors[corruption, severity] = 1 - metrics_on(loader, trainer)["accuracy"]
         logger.info("%s %d: %.1f %% wrong", corruption, severity, 100 * errors[corruption, severity])
-    return errors
+    return corruption_table(errors, relative_to_alexnet=relative_to_alexnet)
 
 
 def accuracy_of_classes(prediction: EvalPrediction) -> dict[str, float]:
