@@ -9,10 +9,9 @@ Exit codes: 0 done; 143 after SIGTERM and 138 after SIGUSR1, with a checkpoint o
 
 import json
 import logging
-import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import timedelta
 from functools import partial
@@ -21,20 +20,21 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import ProjectConfiguration, broadcast_object_list, set_seed
-from torchvision.transforms import InterpolationMode
-from transformers import PreTrainedConfig, ViTImageProcessor, ViTMAEConfig
-from transformers.utils import logging as transformers_logging
+from accelerate.utils import ProjectConfiguration, set_seed
+from transformers import PreTrainedConfig, ViTMAEConfig
 
-from mimae import MIMAEConfig, MIMAEForPreTraining, __version__
+from mimae import MIMAEConfig, MIMAEForPreTraining
 from mimae.data.arguments import DataArguments
 from mimae.data.loaders import PretrainingLoader, evaluation_batches
-from mimae.data.sources import ImageSource, open_image_source
+from mimae.data.processor import build_image_processor, channel_statistics
+from mimae.data.sources import ImageSource
 from mimae.data.transforms import Normalization, evaluation_transform, pretraining_transform
-from mimae.training.arguments import ModelArguments, PretrainingArguments, config_fields, parse_arguments
+from mimae.training.arguments import HubArguments, ModelArguments, PretrainingArguments, config_fields, parse_arguments
 from mimae.training.checkpoints import CheckpointStore
 from mimae.training.monitors import Evaluation, Probe, ReconstructionMonitor, probe_indices, split_indices
 from mimae.training.optimization import WarmupCosine, build_adamw, scaled_learning_rate
+from mimae.training.processes import limit_cpu_threads, on_main_process, start_logging
+from mimae.training.publishing import claim_repository, publish
 from mimae.training.results import device_name, write_results
 from mimae.training.run_folder import claim_output_dir, clear_output_dir, run_name
 from mimae.training.signals import RunStopped
@@ -43,7 +43,6 @@ from mimae.training.trainer import Intervals, Pretrainer
 logger = logging.getLogger("mimae")
 
 RECIPES = Path(__file__).parent / "recipes"
-IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 NUM_PICTURES = 8
 # where these differ, a checkpoint's weights do not fit the recipe's model
 WARM_START_TYPES = ("mimae", "vit_mae")
@@ -72,18 +71,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         ValueError and its kin, before training starts: a flag, recipe, data set or folder that cannot be used.
     """
-    groups = (ModelArguments, DataArguments, PretrainingArguments)
-    (model_args, data_args, args), model_fields, recipe = parse_arguments(
+    groups = (ModelArguments, DataArguments, PretrainingArguments, HubArguments)
+    (model_args, data_args, args, hub_args), model_fields, recipe = parse_arguments(
         argv, groups, MIMAEConfig, default_recipe=RECIPES / "demo.yaml", description=__doc__
     )
     config = build_config(model_args.model_type, model_args.preset, model_fields)
     accelerator, output_dir = start_processes(args, recipe)
+    repo_id = claim_repository(hub_args.push_to_hub, hub_args.hub_model_id, hub_args.hub_private_repo, output_dir)
     set_seed(args.seed)
     with accelerator.main_process_first():
-        source, probe_source = open_source(data_args, data_args.train_split), open_probe_source(data_args)
+        source, probe_source = data_args.open_split(data_args.train_split), data_args.open_held_out()
     model = build_model(config, model_args, is_resumed=args.resume_from_checkpoint is not None)
-    normalization = Normalization(*channel_statistics(config, args), accelerator.device)
-    processor = build_image_processor(config, normalization)
+    mean, std = channel_statistics(config.num_channels, args.image_mean, args.image_std)
+    normalization = Normalization(mean, std, accelerator.device)
+    processor = build_image_processor(config.image_size_2d, mean, std)
     loader = build_loader(source, config, data_args, args, accelerator)
     steps_per_epoch = loader.samples_used // loader.images_per_step
     schedule = build_schedule(args, steps_per_epoch, loader.images_per_step, config.num_views)
@@ -139,8 +140,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if accelerator.is_main_process:
         save_model(output_dir)
         summary = summarize(data_args, args, config, trainer, steps_per_epoch, time.perf_counter() - started)
-        values = {**vars(model_args), **vars(data_args), **vars(args), **model_fields}
+        values = {**vars(model_args), **vars(data_args), **vars(args), **vars(hub_args), **model_fields}
         print(write_results(output_dir, recipe=values, summary=summary, picture=evaluation.newest_picture))
+        return publish(output_dir, repo_id, hub_args.hub_private_repo)
     return 0
 
 
@@ -210,90 +212,9 @@ def start_processes(args: PretrainingArguments, recipe: Path) -> tuple[Accelerat
         # not output_dir itself: a folder "mimae" in it would hide the package from whoever works there
         project_config=ProjectConfiguration(project_dir=output_dir, logging_dir=output_dir / "tensorboard"),
     )
-    if accelerator.device.type == "cpu" and args.cpu_threads is not None:
-        torch.set_num_threads(max(1, args.cpu_threads // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
-    logging.basicConfig(
-        level=logging.INFO if accelerator.is_main_process else logging.ERROR,
-        format="%(asctime)s %(name)s: %(message)s",
-        datefmt="%H:%M:%S",
-        force=True,
-    )
-    transformers_logging.disable_progress_bar()  # of every save
-    logger.info(
-        "world size %d on %s, precision %s, mimae %s",
-        accelerator.num_processes,
-        accelerator.device,
-        accelerator.mixed_precision,
-        __version__,
-    )
+    limit_cpu_threads(args.cpu_threads)
+    start_logging(accelerator.mixed_precision)
     return accelerator, output_dir
-
-
-def on_main_process(compute: Callable[[], Any]) -> Any:
-    """What the main process computes, on all processes."""
-    result = [compute() if PartialState().is_main_process else None]
-    return broadcast_object_list(result)[0]
-
-
-def open_source(data_args: DataArguments, split: str) -> ImageSource:
-    """One split of the images that the flags name."""
-    return open_image_source(
-        split=split,
-        dataset_name=data_args.dataset_name,
-        dataset_config_name=data_args.dataset_config_name,
-        train_dir=data_args.train_dir,
-        data_files=data_args.data_files,
-        streaming=data_args.streaming,
-        image_column_name=data_args.image_column_name,
-        label_column_name=data_args.label_column_name,
-        cache_dir=data_args.cache_dir,
-    )
-
-
-def open_probe_source(data_args: DataArguments) -> ImageSource | None:
-    """Held-out images for the probe: the validation folder or split that the flags name, or one there is."""
-    if data_args.validation_dir is not None:
-        return open_image_source(
-            split=data_args.validation_split or data_args.train_split,
-            train_dir=data_args.validation_dir,
-            cache_dir=data_args.cache_dir,
-        )
-    if data_args.data_files is not None:  # all of them are for training
-        return None
-    if data_args.validation_split is not None:
-        return open_source(data_args, data_args.validation_split)
-    for split in ("validation", "test"):
-        if split == data_args.train_split:
-            continue
-        try:
-            return open_source(data_args, split)
-        except ValueError as error:
-            logger.debug("no split %s for the probe: %s", split, error)
-    return None
-
-
-def channel_statistics(config: MIMAEConfig, args: PretrainingArguments) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation per channel, in 0..1: the flags', else ImageNet's for 3 channels, else 0.5."""
-    is_rgb = config.num_channels == len(IMAGENET_MEAN)
-    mean = args.image_mean or (IMAGENET_MEAN if is_rgb else [0.5] * config.num_channels)
-    std = args.image_std or (IMAGENET_STD if is_rgb else [0.5] * config.num_channels)
-    if len(mean) != config.num_channels or len(std) != config.num_channels:
-        raise ValueError(
-            f"image_mean={mean} and image_std={std} must have one value for each of num_channels={config.num_channels}"
-        )
-    return mean, std
-
-
-def build_image_processor(config: MIMAEConfig, normalization: Normalization) -> ViTImageProcessor:
-    """What users of the model put before it, as `preprocessor_config.json`."""
-    height, width = config.image_size_2d
-    return ViTImageProcessor(
-        size={"height": height, "width": width},
-        resample=InterpolationMode.BICUBIC.value,
-        image_mean=normalization.mean,
-        image_std=normalization.std,
-        do_convert_rgb=config.num_channels == len(IMAGENET_MEAN),
-    )
 
 
 def build_loader(

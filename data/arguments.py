@@ -1,9 +1,14 @@
 """The flags that say which data, and how it is read."""
 
-from dataclasses import dataclass, field
+import logging
+from dataclasses import dataclass, field, fields
 from typing import Any, get_args, get_type_hints
 
 from huggingface_hub.dataclasses import type_validator
+
+from .sources import ImageSource, open_image_source
+
+logger = logging.getLogger(__name__)
 
 # one of them says where the images are; a flag replaces whichever a recipe names
 PLACES = ("dataset_name", "train_dir", "data_files")
@@ -12,6 +17,7 @@ DATA_KEYS = (
     *PLACES,
     "dataset_config_name",
     "validation_dir",
+    "validation_files",
     "train_split",
     "validation_split",
     "image_column_name",
@@ -38,6 +44,9 @@ class DataArguments:
         default=None, metadata={"help": "A folder of images, in class folders if they have labels, or of IDX files."}
     )
     validation_dir: str | None = field(default=None, metadata={"help": "The same for validation."})
+    validation_files: list[str] | None = field(
+        default=None, metadata={"help": "Parquet or WebDataset files for validation."}
+    )
     data_files: list[str] | None = field(
         default=None, metadata={"help": "Parquet or WebDataset (.tar) files: paths, globs or URLs."}
     )
@@ -77,10 +86,51 @@ class DataArguments:
         self._check_one_place()
         self._check_ranges()
 
+    def open_split(self, split: str) -> ImageSource:
+        """One split of the images that the flags name; see `open_image_source`."""
+        return self._open(
+            split,
+            dataset_name=self.dataset_name,
+            dataset_config_name=self.dataset_config_name,
+            train_dir=self.train_dir,
+            data_files=self.data_files,
+        )
+
+    def open_held_out(self) -> ImageSource | None:
+        """Images that are not trained on: the folder, the files or the split that the flags name, or one there is."""
+        split = self.validation_split or self.train_split
+        if self.validation_dir is not None:  # a folder has no columns to name
+            return open_image_source(split=split, train_dir=self.validation_dir, cache_dir=self.cache_dir)
+        if self.validation_files is not None:
+            return self._open(split, data_files=self.validation_files)
+        if self.data_files is not None:  # all of them are for training
+            return None
+        if self.validation_split is not None:
+            return self.open_split(self.validation_split)
+        for split in ("validation", "test"):
+            if split == self.train_split:
+                continue
+            try:
+                return self.open_split(split)
+            except ValueError as error:
+                logger.debug("there is no split %s: %s", split, error)
+        return None
+
+    def _open(self, split: str, **place: Any) -> ImageSource:
+        return open_image_source(
+            split=split,
+            streaming=self.streaming,
+            image_column_name=self.image_column_name,
+            label_column_name=self.label_column_name,
+            cache_dir=self.cache_dir,
+            **place,
+        )
+
     def _check_one_place(self) -> None:
-        named = [name for name in PLACES if getattr(self, name)]
-        if len(named) > 1:
-            raise ValueError(f"{' and '.join(named)} name different data: give one of them")
+        for places in (PLACES, ("validation_dir", "validation_files")):
+            named = [name for name in places if getattr(self, name)]
+            if len(named) > 1:
+                raise ValueError(f"{' and '.join(named)} name different data: give one of them")
 
     def _check_ranges(self) -> None:
         for name in ("max_bad_image_fraction", "min_crop_scale", "horizontal_flip"):
@@ -98,8 +148,9 @@ def check_types(arguments: Any) -> None:
 
     `huggingface_hub`'s `@strict` would do it, were it not for `HfArgumentParser`, which writes over `field.type`.
     """
-    for name, annotation in get_type_hints(type(arguments)).items():
-        value = getattr(arguments, name)
+    annotations = get_type_hints(type(arguments))
+    for name in (f.name for f in fields(arguments)):
+        value, annotation = getattr(arguments, name), annotations[name]
         if type(value) is int and float in (annotation, *get_args(annotation)):
             setattr(arguments, name, float(value))
         else:

@@ -1,1 +1,1 @@
-"""What frozen features are worth: extraction, nearest neighbours, linear probes."""
+"""What an encoder is worth: features, nearest neighbours, metrics, robustness, and pictures of them."""

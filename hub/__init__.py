@@ -1,1 +1,1 @@
-"""Model cards."""
+"""To other formats and to the Hub: exports, pushes, model cards."""

@@ -1,27 +1,30 @@
-"""The model card of a pre-training run, made from its recipe and its metrics and from nothing else."""
+"""Model cards: made from a run's recipe and its metrics, and from nothing else."""
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
-from urllib.parse import urlsplit
 
 import yaml
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCardData
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-TEMPLATE = Path(__file__).parent.parent / "model_cards" / "pretraining.md"
+from .privacy import public
+
+TEMPLATES = Environment(
+    loader=FileSystemLoader(Path(__file__).parent.parent / "model_cards"),
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    autoescape=False,
+)
 NOT_MEASURED = "not measured"
 WITHHELD = "on the machine of the run, not named here"
-
-# Where a run lay on its machine tells nothing about the model; tokens are nobody's business.
-PRIVATE_KEYS = re.compile(r"output_dir|logging_dir|cache_dir|resume_from_checkpoint|.*token|.*password|.*secret")
-LOCAL_PATH = re.compile(r"""(?:^|[\s=,;:"'(\[])(?:~\w*/|\.\.[/\\]|/(?=[^/\s])|[A-Za-z]:[/\\]|\\\\|file:)""")
-HUB_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}")
+NO_REPOSITORY_YET = "REPOSITORY_OR_FOLDER_OF_THIS_CARD"
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 LOSS_NAMES = {
-    "loss": "loss (objective + L_approx)",
     "objective": "objective (Eq. 11)",
     "reconstruction_loss": "L_rec (Eq. 1)",
     "mi_max_loss": "L_max (Eq. 7, InfoNCE)",
@@ -39,14 +42,39 @@ FACT_NAMES = {
     "device": "Device",
     "seconds": "Seconds",
     "seed": "Seed",
+    "commit": "Commit of the code",
     "versions": "Versions",
+}
+
+# how each task of the classification script that leaves a classifier makes it
+MAKING = {
+    "finetune": "an encoder and a linear head, trained together",
+    "linear_probe": "a linear classifier on the frozen features of an encoder",
+}
+CLASSIFICATION_FACT_NAMES = {
+    "start": "Starting point",
+    "dataset": "Data",
+    "test_images": "Held-out images",
+    "seed": "Seed",
+    "hardware": "Hardware",
+    "commit": "Commit of the code",
+    "versions": "Versions",
+}
+METRIC_NAMES = {"accuracy": "top-1 accuracy", "top5_accuracy": "top-5 accuracy", "loss": "loss"}
+MCE_NAME = "mCE (AlexNet: 100)"
+TEST_SET_NAMES = {
+    "imagenet_a": "ImageNet-A",
+    "imagenet_r": "ImageNet-R",
+    "imagenet_sketch": "ImageNet-Sketch",
+    "imagenet_c": "ImageNet-C",
+    "corruptions": "the held-out images, corrupted on the fly",
 }
 
 
 def write_model_card(
     folder: str | os.PathLike, *, summary: Mapping[str, Any], recipe: Mapping[str, Any], pictures: list[str]
 ) -> Path:
-    """Write `folder/README.md`. What `summary` lacks is said to be not measured; nothing is filled in.
+    """Write `folder/README.md` for a pre-trained model. What `summary` lacks is said to be not measured.
 
     Local paths, tokens and the hosts of addresses outside the Hub are left out of the card.
 
@@ -65,69 +93,220 @@ def write_model_card(
     Raises:
         ValueError: a picture lies outside `folder`.
     """
-    folder = Path(folder)
-    recipe = _public(recipe)
-    card_data = ModelCardData(
-        license="apache-2.0",
-        library_name="transformers",
-        pipeline_tag="image-feature-extraction",
-        tags=["mimae", "masked-image-modeling", "self-supervised"],
-        datasets=_hub_datasets(recipe),
-    )
-    card = ModelCard.from_template(
-        card_data,
-        template_path=str(TEMPLATE),
-        title=_title(recipe, summary),
-        checkpoint=recipe.get("hub_model_id") or "REPOSITORY_OR_FOLDER_OF_THIS_CARD",
-        facts=_facts(summary),
-        recipe=yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True).strip(),
+    recipe = public(recipe)
+    probe_after = summary.get("probe_after") or {}
+    title = _title(recipe, summary.get("model_type"))
+    probe_figures = [
+        ("accuracy", f"{PROBE_NAMES.get(key, key)} on frozen features", value) for key, value in probe_after.items()
+    ]
+    return _write(
+        folder,
+        "pretraining.md",
+        _card_data(
+            title,
+            "image-feature-extraction",
+            ["masked-image-modeling", "self-supervised"],
+            datasets=_hub_names(recipe.get("dataset_name")),
+            eval_results=_eval_results(_own_data(summary, recipe), probe_figures),
+        ),
+        title=title,
+        **_record(folder, summary, FACT_NAMES, recipe, pictures),
         losses=_losses(summary.get("final") or {}),
         gate=_gate(summary, recipe),
-        probes=_probes(summary.get("probe_before") or {}, summary.get("probe_after") or {}),
-        pictures=[(PurePath(name).stem.replace("_", " "), _inside(folder, name)) for name in pictures],
-        unrecorded=[name.lower() for key, name in FACT_NAMES.items() if summary.get(key) is None],
+        probes=_probes(summary.get("probe_before") or {}, probe_after),
     )
-    partial, path = folder / ".README.md.partial", folder / "README.md"
-    partial.write_text(str(card), encoding="utf-8")
+
+
+def write_classification_card(folder: str | os.PathLike, *, results: Mapping[str, Any], pictures: list[str]) -> Path:
+    """Write `folder/README.md` for a classifier. What `results` lacks is said to be not measured.
+
+    Args:
+        folder: the model's folder.
+        results: `results.json` of a run: `task` ("finetune" or "linear_probe"), and, all optional, `dataset`,
+            `test_images` (how many), `metrics` (`accuracy` and `top5_accuracy` as fractions, `loss`, and others by
+            name), `robustness` (`imagenet_a`, `imagenet_r` and `imagenet_sketch`, each with metrics of its own;
+            `imagenet_c`, and `corruptions` made on the fly, each as `corruption_table` of `evaluation.robustness`
+            returns it), `recipe`, `untrained` (`True`: the checkpoint gave its sizes alone), `seed`, `commit`,
+            `hardware` and `versions` (dicts).
+        pictures: PNG files in `folder`.
+
+    Returns:
+        The card's path.
+
+    Raises:
+        ValueError: a task that leaves no classifier, or a picture that lies outside `folder`.
+    """
+    if results.get("task") not in MAKING:
+        raise ValueError(
+            f"task {results.get('task')!r} leaves no classifier to write a card for; {' and '.join(MAKING)} do"
+        )
+    recipe, start = public(results.get("recipe") or {}), _start(results)
+    title = _title(recipe, None)
+    metrics, (test_sets, corruption_tables) = results.get("metrics") or {}, _robustness(results)
+    return _write(
+        folder,
+        "classification.md",
+        _card_data(
+            title,
+            "image-classification",
+            ["image-classification"],
+            datasets=_hub_names(recipe.get("dataset_name")),
+            base_model=_hub_names(start),
+            eval_results=_classification_results(results, recipe),
+        ),
+        title=title,
+        making=MAKING[results["task"]],
+        **_record(folder, {**results, "start": start}, CLASSIFICATION_FACT_NAMES, recipe, pictures),
+        metrics=[(METRIC_NAMES.get(key, key), _figure(key, metrics.get(key))) for key in {**METRIC_NAMES, **metrics}],
+        test_sets=[
+            (TEST_SET_NAMES.get(key, key), _percent(found.get("accuracy")), _percent(found.get("top5_accuracy")))
+            for key, found in test_sets.items()
+        ],
+        corruption_tables=[(TEST_SET_NAMES[key], _corruptions(table)) for key, table in corruption_tables.items()],
+    )
+
+
+def write_backbone_card(
+    folder: str | os.PathLike, *, base_model: str, checkpoint: str, revision: str | None = None
+) -> Path:
+    """Write `folder/README.md` for the stock ViT that was exported from a model.
+
+    Args:
+        folder: the exported model's folder.
+        base_model: the repository of the model that it is the encoder of.
+        checkpoint, revision: the repository that the card will lie in, and the branch of it, if not the main one.
+
+    Returns:
+        The card's path.
+    """
+    title = f"{base_model.rpartition('/')[2]}, the encoder"
+    return _write(
+        folder,
+        "backbone.md",
+        _card_data(title, "image-feature-extraction", ["vit", "self-supervised"], base_model=base_model),
+        title=title,
+        checkpoint=checkpoint,
+        base_model=base_model,
+        revision_argument=f', revision="{revision}"' if revision else "",
+    )
+
+
+def _card_data(
+    model_name: str, pipeline_tag: str, tags: list[str], eval_results: Sequence[EvalResult] = (), **fields: Any
+) -> ModelCardData:
+    return ModelCardData(
+        license="apache-2.0",
+        library_name="transformers",
+        pipeline_tag=pipeline_tag,
+        tags=["mimae", *tags],
+        model_name=model_name if eval_results else None,
+        eval_results=eval_results or None,
+        **fields,
+    )
+
+
+def _write(folder: str | os.PathLike, template: str, card_data: ModelCardData, **values: Any) -> Path:
+    text = TEMPLATES.get_template(template).render(card_data=card_data.to_yaml(), **values)
+    partial, path = Path(folder) / ".README.md.partial", Path(folder) / "README.md"
+    # blocks that a card leaves empty leave blank lines
+    partial.write_text(re.sub(r"\n{3,}", "\n\n", text).strip() + "\n", encoding="utf-8")
     partial.replace(path)
     return path
 
 
-def _public(value: Any) -> Any:
-    """`value` as plain YAML types, without what belongs to a machine or its user; `None` where nothing is left."""
-    if isinstance(value, Mapping):
-        shown = {key: item for key, item in value.items() if not PRIVATE_KEYS.fullmatch(key)}
-        return {key: _public(item) for key, item in shown.items() if item is None or _public(item) is not None}
-    if isinstance(value, list | tuple):
-        return [item for item in map(_public, value) if item is not None]
-    if isinstance(value, str | PurePath):
-        return _public_text(str(value))
-    return value
+def _record(
+    folder: str | os.PathLike,
+    values: Mapping[str, Any],
+    fact_names: Mapping[str, str],
+    recipe: Mapping[str, Any],
+    pictures: list[str],
+) -> dict[str, Any]:
+    """What every card of a run shows."""
+    known = {name: public(values[key]) for key, name in fact_names.items() if values.get(key) is not None}
+    return {
+        "checkpoint": recipe.get("hub_model_id") or NO_REPOSITORY_YET,
+        "facts": [(name, WITHHELD if value is None else _text(value)) for name, value in known.items()],
+        "unrecorded": [name.lower() for key, name in fact_names.items() if values.get(key) is None],
+        "recipe": yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True).strip(),
+        "pictures": [(PurePath(name).stem.replace("_", " "), _inside(Path(folder), name)) for name in pictures],
+    }
 
 
-def _public_text(text: str) -> str | None:
-    address = urlsplit(text) if "://" in text else None
-    if address and address.scheme not in ("hf", "file"):
-        # The host may be a private one, the query a signature.
-        return f"{address.scheme}://…/{PurePath(address.path).name}"
-    if LOCAL_PATH.search(text) or HUB_TOKEN.search(text):
-        return None
-    return text
-
-
-def _hub_datasets(recipe: Mapping[str, Any]) -> list[str] | None:
-    name = recipe.get("dataset_name")
+def _hub_names(name: Any) -> list[str] | None:
     is_on_hub = isinstance(name, str) and HUB_NAME.fullmatch(name) and not Path(name).exists()
     return [name] if is_on_hub else None
 
 
-def _title(recipe: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
-    return (recipe.get("hub_model_id") or summary.get("model_type") or "mimae").rpartition("/")[2]
+def _title(recipe: Mapping[str, Any], model_type: str | None) -> str:
+    return (recipe.get("hub_model_id") or model_type or "mimae").rpartition("/")[2]
 
 
-def _facts(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
-    known = {name: summary[key] for key, name in FACT_NAMES.items() if summary.get(key) is not None}
-    return [(name, _text(_public(value)) if _public(value) is not None else WITHHELD) for name, value in known.items()]
+def _start(results: Mapping[str, Any]) -> str | None:
+    """The checkpoint that the encoder came from; `None` where that was not recorded."""
+    recipe = results.get("recipe")
+    if recipe is None:
+        return None
+    is_pretrained = recipe.get("model_name_or_path") and not results.get("untrained")
+    return recipe["model_name_or_path"] if is_pretrained else "random weights"
+
+
+def _own_data(values: Mapping[str, Any], recipe: Mapping[str, Any]) -> dict[str, str]:
+    """The run's own data in a model-index; their type is the Hub's name for them, if there is one."""
+    name = public(values.get("dataset")) or "images not named here"
+    hub_names = _hub_names(recipe.get("dataset_name"))
+    return {"dataset_name": name, "dataset_type": hub_names[0] if hub_names else re.sub(r"[^\w/.-]+", "-", name)}
+
+
+def _eval_results(data: dict[str, str], figures: list[tuple[str, str, float | None]]) -> list[EvalResult]:
+    """Entries of a model-index from (metric, its name in words, value); what was not measured is left out."""
+    return [
+        EvalResult(
+            task_type="image-classification",
+            metric_type=metric,
+            metric_name=name,
+            metric_value=round(value, 4),
+            **data,
+        )
+        for metric, name, value in figures
+        if value is not None
+    ]
+
+
+def _robustness(results: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The metrics of other test sets, and the tables of corruption errors."""
+    found = results.get("robustness") or {}
+    tables = {key: value for key, value in found.items() if "per_corruption" in value}
+    return {key: value for key, value in found.items() if key not in tables}, tables
+
+
+def _classification_results(results: Mapping[str, Any], recipe: Mapping[str, Any]) -> list[EvalResult]:
+    data, (test_sets, corruption_tables) = _own_data(results, recipe), _robustness(results)
+    found = _eval_results(data, _accuracies(results.get("metrics") or {}))
+    for key, metrics in test_sets.items():
+        found += _eval_results(_test_set(key), _accuracies(metrics))
+    for key, table in corruption_tables.items():
+        images = {**data, "dataset_config": "corrupted"} if key == "corruptions" else _test_set(key)
+        figures = [("error", "mean error", table["mean_error"]), ("mce", MCE_NAME, table.get("mce"))]
+        found += _eval_results(images, figures)
+    return found
+
+
+def _test_set(key: str) -> dict[str, str]:
+    return {"dataset_name": TEST_SET_NAMES.get(key, key), "dataset_type": key}
+
+
+def _accuracies(metrics: Mapping[str, float]) -> list[tuple[str, str, float | None]]:
+    return [("accuracy", METRIC_NAMES[key], metrics.get(key)) for key in ("accuracy", "top5_accuracy")]
+
+
+def _corruptions(table: Mapping[str, Any]) -> list[tuple[str, str]]:
+    rows = [(name.replace("_", " "), _percent(found["error"])) for name, found in table["per_corruption"].items()]
+    rows.append(("**mean**", _percent(table["mean_error"])))
+    return [*rows, (f"**{MCE_NAME}**", f"{table['mce']:.1f}")] if "mce" in table else rows
+
+
+def _figure(metric: str, value: float | None) -> str:
+    return _percent(value) if metric.endswith("accuracy") else _text(value)
 
 
 def _losses(final: Mapping[str, float]) -> list[tuple[str, str]]:

@@ -1,14 +1,19 @@
 """Features are what `encode` gives, and the probes count what they say they count."""
 
 import math
+import tracemalloc
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from sklearn.neighbors import KNeighborsClassifier
 
+from mimae.evaluation import pictures
 from mimae.evaluation.features import extract_features
-from mimae.evaluation.probes import knn_accuracy, linear_probe_accuracy
+from mimae.evaluation.pictures import save_confusion_matrix, save_feature_map
+from mimae.evaluation.probes import NUM_NEIGHBORS, knn_accuracies, knn_accuracy, linear_probe_accuracy
 
 
 class Encoder(torch.nn.Module):
@@ -99,6 +104,42 @@ def test_k_counts_neighbours_and_is_capped_at_the_training_set():
     assert knn_accuracy(train, labels, test, truth, k=20, temperature=10) == 0.0
 
 
+@pytest.mark.parametrize("temperature", [0.07, 0.02, 10])
+def test_accuracies_for_several_k_equal_scikit_learns_one_by_one(temperature):
+    train, test = (blobs(seed, 9.0) for seed in (0, 1))
+    classifiers = {
+        k: KNeighborsClassifier(k, metric="cosine", weights=lambda distance: np.exp((1 - distance) / temperature))
+        for k in (1, 10, 100)
+    }
+    expected = {k: classifier.fit(*train).score(*test) for k, classifier in classifiers.items()}
+    assert knn_accuracies(*train, *test, ks=(1, 10, 100), temperature=temperature) == expected
+    assert knn_accuracy(*train, *test, k=10, temperature=temperature) == expected[10]
+
+
+def test_with_the_smallest_temperature_the_nearest_alone_decides():
+    train, test = (blobs(seed, 9.0) for seed in (0, 1))
+    nearest = knn_accuracy(*train, *test, k=1)
+    assert knn_accuracies(*train, *test, ks=(10, 100), temperature=1e-7) == {10: nearest, 100: nearest}
+
+
+def test_the_usual_numbers_of_neighbours_are_asked_and_capped_at_the_training_set():
+    accuracies = knn_accuracies(*blobs(0, 9.0), *blobs(1, 9.0))
+    assert tuple(accuracies) == NUM_NEIGHBORS == (10, 20, 100, 200)
+    assert accuracies[200] == knn_accuracy(*blobs(0, 9.0), *blobs(1, 9.0), k=150)
+    with pytest.raises(ValueError, match="at least 1"):
+        knn_accuracies(*blobs(0, 9.0), *blobs(1, 9.0), ks=(0, 5))
+
+
+def test_neighbours_are_found_without_a_matrix_of_all_distances():
+    random = np.random.default_rng(0)
+    train, test = (random.normal(size=(n, 8)).astype(np.float32) for n in (20_000, 1000))
+    tracemalloc.start()
+    knn_accuracies(train, random.integers(0, 5, 20_000), test, random.integers(0, 5, 1000), ks=(1, 20))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 20_000 * 1000 * 4 / 10  # a tenth of the matrix in float32
+
+
 def blobs(seed, spread):
     random = np.random.default_rng(seed)
     labels = np.arange(150) % 3
@@ -130,3 +171,103 @@ def test_what_does_not_belong_together_is_refused_by_name(accuracy):
         accuracy(features, labels[1:], features, labels)
     with pytest.raises(ValueError, match="4 features and test_features 3"):
         accuracy(features, labels, features[:, :3], labels)
+
+
+# --- pictures -------------------------------------------------------------------------------------------------------
+
+NAMES = ["cat", "dog", "a bird whose name is far too long for a picture"]
+
+
+def pixels(path):
+    return np.asarray(Image.open(path).convert("RGB")).astype(int)
+
+
+def dark(path):
+    """Rows and columns of the dark pixels."""
+    return np.nonzero(pixels(path).sum(2) < 200)
+
+
+@pytest.mark.parametrize("num_classes", [2, 10, 40, 300])
+def test_in_a_confusion_matrix_what_is_right_lies_on_the_diagonal_that_falls(tmp_path, num_classes):
+    labels = np.repeat(np.arange(num_classes), 3)
+    names = [str(label) for label in range(num_classes)]
+    save_confusion_matrix(labels, labels, names, tmp_path / "right.png")
+    save_confusion_matrix(labels, num_classes - 1 - labels, names, tmp_path / "wrong.png")
+    right, wrong = (np.corrcoef(*dark(tmp_path / f"{name}.png"))[0, 1] for name in ("right", "wrong"))
+    assert right > 0 > wrong
+    assert {path.name for path in tmp_path.iterdir()} == {"right.png", "wrong.png"}
+
+
+def test_in_a_confusion_matrix_the_predicted_class_is_the_column(tmp_path):
+    labels = np.repeat(np.arange(10), 3)
+    save_confusion_matrix(labels, 0 * labels, list("0123456789"), tmp_path / "all_zeros.png")
+    rows, columns = dark(tmp_path / "all_zeros.png")
+    assert columns.std() < rows.std() / 3
+    assert np.median(columns) < pixels(tmp_path / "all_zeros.png").shape[1] / 4
+
+
+def test_a_confusion_matrix_is_in_shares_of_each_class(tmp_path):
+    # a frequent and a rare class, both half right, fill the four cells with one colour
+    labels, predictions = np.array([0] * 100 + [1] * 2), np.array([0] * 50 + [1] * 50 + [0, 1])
+    save_confusion_matrix(labels, predictions, ["a", "b"], tmp_path / "half.png")
+    colours, counts = np.unique(pixels(tmp_path / "half.png").reshape(-1, 3), axis=0, return_counts=True)
+    common = colours[counts > 0.1 * counts.sum()]
+    assert len(common) == 2  # white, and the colour of a half
+    assert counts[(colours == common[0]).all(1)] > 0.5 * counts.sum()
+
+
+def test_a_map_of_features_is_the_same_for_the_same_seed(tmp_path):
+    features, labels = blobs(0, 1.0)
+    for name, seed in (("first", 3), ("again", 3), ("other", 4)):
+        save_feature_map(features[:60], labels[:60], NAMES, tmp_path / name, seed=seed)
+    first, again, other = ((tmp_path / name).read_bytes() for name in ("first", "again", "other"))
+    assert first == again != other
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_a_map_of_few_features_is_that_of_pca(tmp_path):
+    features, labels = blobs(0, 1.0)
+    for count, is_pca in ((49, True), (50, False)):
+        for method in ("tsne", "pca"):
+            save_feature_map(features[:count], labels[:count], NAMES, tmp_path / method, method=method)
+        same = (tmp_path / "tsne").read_bytes() == (tmp_path / "pca").read_bytes()
+        assert same == is_pca
+
+
+def test_a_map_shows_no_more_images_than_can_be_told_apart(tmp_path, monkeypatch):
+    features, labels = blobs(0, 1.0)
+    colours = []
+    for most in (150, 3):
+        monkeypatch.setattr(pictures, "MOST_POINTS", most)
+        save_feature_map(features, labels, NAMES, tmp_path / "map.png", method="pca")
+        colours.append(coloured(tmp_path / "map.png"))
+    assert colours[0] > 2 * colours[1]
+
+
+def coloured(path):
+    picture = pixels(path)
+    return int((picture.max(2) - picture.min(2) > 60).sum())
+
+
+def test_a_map_of_many_classes_is_drawn(tmp_path):
+    features, labels = blobs(0, 1.0)
+    save_feature_map(features, 40 * labels, list(map(str, range(100))), tmp_path / "map.png", method="pca")
+    assert coloured(tmp_path / "map.png") > 1000
+
+
+def test_what_cannot_be_drawn_is_refused_and_leaves_no_file(tmp_path):
+    features, labels = blobs(0, 1.0)
+    path = tmp_path / "picture.png"
+    with pytest.raises(ValueError, match="2000 classes"):
+        save_confusion_matrix(labels, labels, list(map(str, range(2000))), path)
+    with pytest.raises(ValueError, match=r"labels \[2\] have no name: there are 2"):
+        save_confusion_matrix(labels, labels, NAMES[:2], path)
+    with pytest.raises(ValueError, match=r"labels \[-1\] have no name"):
+        save_feature_map(features, labels - 1, NAMES, path)
+    with pytest.raises(ValueError, match="no image to draw"):
+        save_confusion_matrix(labels[:0], labels[:0], NAMES, path)
+    with pytest.raises(ValueError, match=r"n, D >= 2 and n labels, got \(1, 4\) and 1"):
+        save_feature_map(features[:1], labels[:1], NAMES, path)
+    with pytest.raises(ValueError, match="'tsne' or 'pca', got 'umap'"):
+        save_feature_map(features, labels, NAMES, path, method="umap")
+    assert not list(tmp_path.iterdir())

@@ -1,17 +1,24 @@
-"""Learning rate, parameter groups, clipping, and the step that is skipped, against hand values."""
+"""Learning rate, parameter groups, clipping, and the step that is skipped, against hand values and timm."""
 
 import math
+import re
 
 import pytest
 import torch
+from references import TINY
+from timm.models import VisionTransformer
+from timm.optim import param_groups_layer_decay
 
-from mimae import MIMAEConfig, MIMAEForPreTraining
+from mimae import MIMAEConfig, MIMAEForImageClassification, MIMAEForPreTraining
 from mimae.training.optimization import (
     WarmupCosine,
     build_adamw,
+    build_finetuning_adamw,
     clip_gradients,
+    layer_decay_groups,
     parameter_names,
     scaled_learning_rate,
+    schedule_as_lambda,
 )
 
 
@@ -93,3 +100,129 @@ def test_a_step_with_found_inf_leaves_weights_moments_and_step_count_untouched(m
         assert any(moved) == (scale == 1.0)
     assert all(torch.equal(s["exp_avg"], m) for s, m in zip(optimizer.state.values(), moments, strict=True))
     assert {float(s["step"]) for s in optimizer.state.values()} == {1.0}
+
+
+def classifier(depth: int, pooling: str = "cls") -> MIMAEForImageClassification:
+    """A small one of this many blocks."""
+    sizes = {**TINY, "num_hidden_layers": depth}
+    return MIMAEForImageClassification(MIMAEConfig(**sizes, num_labels=10, classifier_pooling=pooling))
+
+
+def by_name(groups: list[dict], key: str) -> dict[str, float]:
+    """One value of each group, by the names of its parameters."""
+    named = [(name, group[key]) for group in groups for name, _ in group["params"]]
+    assert len(named) == len(dict(named)), "a parameter is in two groups"
+    return dict(named)
+
+
+def timm_name(name: str) -> str:
+    """Where timm's VisionTransformer has this parameter."""
+    replacements = {
+        "vit.embeddings.cls_token": "cls_token",
+        "vit.embeddings.position_embeddings": "pos_embed",
+        "vit.embeddings.patch_embeddings.projection": "patch_embed.proj",
+        "vit.layers": "blocks",
+        "layernorm_before": "norm1",
+        "layernorm_after": "norm2",
+        "attention.o_proj": "attn.proj",
+        "vit.layernorm": "norm",
+        "classifier": "head",
+    }
+    for ours, theirs in replacements.items():
+        name = name.replace(ours, theirs)
+    return re.sub(r"attention\.[qkv]_proj", "attn.qkv", name)
+
+
+@pytest.mark.parametrize(("depth", "pooling", "timm_pooling"), [(2, "cls", "token"), (12, "mean", "avg")])
+def test_layer_decay_scales_equal_timms_but_for_the_last_norm(depth, pooling, timm_pooling):
+    groups = layer_decay_groups(classifier(depth, pooling), weight_decay=0.05, layer_decay=0.65)
+    sizes = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": depth, "num_heads": 4, "num_classes": 10}
+    reference = VisionTransformer(**sizes, global_pool=timm_pooling)
+    timm_groups = param_groups_layer_decay(
+        reference, 0.05, no_weight_decay_list=["cls_token", "pos_embed"], layer_decay=0.65
+    )
+    timm_group_of = {id(p): group for group in timm_groups for p in group["params"]}
+    theirs = {name: timm_group_of[id(p)] for name, p in reference.named_parameters()}
+    scales, decays = by_name(groups, "lr_scale"), by_name(groups, "weight_decay")
+    for name, scale in scales.items():
+        expected = theirs[timm_name(name)]
+        if name.startswith("vit.layernorm."):
+            assert (scale, expected["lr_scale"]) == (1.0, pytest.approx(0.65))
+        else:
+            assert scale == pytest.approx(expected["lr_scale"], rel=1e-12), name
+        assert decays[name] == expected["weight_decay"], name
+    assert {timm_name(name) for name in scales} == set(theirs)
+
+
+def test_layer_decay_of_a_base_model_has_the_official_maes_scales():
+    scales = by_name(layer_decay_groups(classifier(12), weight_decay=0.05, layer_decay=0.75), "lr_scale")
+    expected = {
+        "vit.embeddings.cls_token": 0.75**13,
+        "vit.embeddings.position_embeddings": 0.75**13,
+        "vit.embeddings.patch_embeddings.projection.weight": 0.023757264018058777,  # 0.75 ** 13
+        "vit.layers.0.attention.q_proj.weight": 0.03167635202407837,  # 0.75 ** 12
+        "vit.layers.10.mlp.fc1.bias": 0.75**2,
+        "vit.layers.11.mlp.fc2.weight": 0.75,
+        "vit.layernorm.weight": 1.0,
+        "classifier.weight": 1.0,
+    }
+    assert {name: scales[name] for name in expected} == pytest.approx(expected, rel=1e-12)
+
+
+def test_every_trainable_parameter_has_one_layer_and_frozen_ones_none():
+    model = classifier(2)
+    model.vit.layers[0].requires_grad_(False)
+    scales = by_name(layer_decay_groups(model, weight_decay=0.05, layer_decay=0.75), "lr_scale")
+    assert set(scales) == {name for name, p in model.named_parameters() if p.requires_grad}
+    assert not any(name.startswith("vit.layers.0.") for name in scales)
+    assert scales["vit.layers.1.mlp.fc1.weight"] == pytest.approx(0.75)  # frozen blocks still count as depth
+
+
+def test_the_class_token_positions_and_vectors_do_not_decay():
+    model = classifier(2)
+    decays = by_name(layer_decay_groups(model, weight_decay=0.05, layer_decay=0.75), "weight_decay")
+    for name, parameter in model.named_parameters():
+        is_vector = parameter.ndim <= 1 or name.endswith(("cls_token", "position_embeddings"))
+        assert decays[name] == (0.0 if is_vector else 0.05), name
+
+
+def test_a_layer_decay_of_1_leaves_two_groups():
+    groups = layer_decay_groups(classifier(2), weight_decay=0.05, layer_decay=1.0)
+    assert [(group["lr_scale"], group["weight_decay"]) for group in groups] == [(1.0, 0.0), (1.0, 0.05)]
+
+
+@pytest.mark.parametrize("layer_decay", [0.0, -0.5, 1.5, math.nan])
+def test_a_layer_decay_out_of_range_is_refused(layer_decay):
+    with pytest.raises(ValueError, match="layer_decay"):
+        layer_decay_groups(classifier(1), weight_decay=0.05, layer_decay=layer_decay)
+
+
+def test_groups_keep_their_ratio_along_the_schedule_with_the_final_learning_rate_scaled_too():
+    optimizer = build_finetuning_adamw(classifier(2), learning_rate=1e-3, weight_decay=0.05, layer_decay=0.5)
+    schedule = WarmupCosine(peak=1e-3, final=1e-6, warmup_steps=2, total_steps=6)
+    scheduler = schedule_as_lambda(optimizer, schedule)
+    scales = [group["lr_scale"] for group in optimizer.param_groups]
+    assert scales == sorted(scales, reverse=True)
+    assert set(scales) == {1.0, 0.5, 0.25, 0.125}
+    for step in range(7):
+        assert scheduler.get_last_lr() == pytest.approx([schedule(step) * scale for scale in scales], rel=1e-12)
+        optimizer.step()
+        scheduler.step()
+    assert scheduler.get_last_lr() == pytest.approx([1e-6 * scale for scale in scales])
+
+
+def test_the_first_step_of_a_scaled_group_is_scaled():
+    model = classifier(1)
+    optimizer = build_finetuning_adamw(model, learning_rate=1e-2, weight_decay=0.0, layer_decay=0.5)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()  # Adam's first step is the learning rate, whatever the gradient
+    for name, expected in {
+        "vit.embeddings.cls_token": 2.5e-3,
+        "vit.layers.0.mlp.fc1.weight": 5e-3,
+        "vit.layernorm.weight": 1e-2,
+        "classifier.bias": 1e-2,
+    }.items():
+        step = before[name] - dict(model.named_parameters())[name].detach()
+        torch.testing.assert_close(step, torch.full_like(step, expected), rtol=1e-3, atol=0)

@@ -1,6 +1,8 @@
 """Pictures show what was computed, and the card says what was measured and nothing else."""
 
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,8 +10,9 @@ import torch
 import yaml
 from huggingface_hub import ModelCard
 from PIL import Image
+from runs import pretrain
 
-from mimae.hub.model_card import write_model_card
+from mimae.hub.model_card import write_backbone_card, write_classification_card, write_model_card
 from mimae.training.curves import save_curves
 from mimae.training.pictures import patchify, reconstruction_images, save_reconstructions, unpatchify
 
@@ -144,7 +147,7 @@ SUMMARY = {
     "world_size": 2,
     "device": "CPU / 2 cores",
     "seconds": 181234.5,
-    "final": {"loss": 1.25, "reconstruction_loss": 0.4125, "mi_max_loss": 0.9},
+    "final": {"reconstruction_loss": 0.4125, "mi_max_loss": 0.9},
     "gate_opened_at_step": 130,
     "gate_threshold": 0.5,
     "probe_before": {"knn_accuracy": 0.81},
@@ -207,9 +210,12 @@ def test_what_was_not_measured_is_said_and_no_figure_appears(tmp_path):
     card = write_card(tmp_path, summary={"final": None, "seed": 17}, recipe={})
     assert "about labels was not measured" in card
     assert "Whether the information terms ever trained was not recorded" in card
-    assert "did not record: model, data, images, epochs, steps, processes, device, seconds, versions." in card
+    assert (
+        "did not record: model, data, images, epochs, steps, processes, device, seconds, commit of the code, versions."
+        in card
+    )
     results = card.split("## Results")[1].split("## Not measured")[0]
-    assert [line.split(" | ")[1] for line in results.splitlines() if line.endswith(" |")][1:] == ["not measured |"] * 6
+    assert [line.split(" | ")[1] for line in results.splitlines() if line.endswith(" |")][1:] == ["not measured |"] * 5
     assert "%" not in results
     assert "![" not in card
 
@@ -272,3 +278,167 @@ def test_the_snippet_uses_the_repository_it_is_pushed_to(tmp_path):
     snippet = card.split("```python\n")[1].split("```")[0]
     compile(snippet, "card", "exec")
     assert 'checkpoint = "someone/mimae-digits"' in snippet
+
+
+def model_index(folder):
+    """Of the card: (data set's type, its name, its configuration, metric, its name, value)."""
+    return [
+        (
+            found.dataset_type,
+            found.dataset_name,
+            found.dataset_config,
+            found.metric_type,
+            found.metric_name,
+            found.metric_value,
+        )
+        for found in ModelCard.load(folder / "README.md").data.eval_results or []
+    ]
+
+
+def test_probes_are_in_the_model_index_and_nothing_is_where_none_was_made(tmp_path):
+    write_card(tmp_path, summary=SUMMARY | {"dataset": "digits"})
+    name = "on frozen features"
+    assert model_index(tmp_path) == [
+        ("someone/digits", "digits", None, "accuracy", f"k nearest neighbours {name}", 0.9312),
+        ("someone/digits", "digits", None, "accuracy", f"logistic regression {name}", 0.955),
+    ]
+    write_card(tmp_path, summary={}, recipe={})
+    assert "model-index" not in (tmp_path / "README.md").read_text()
+
+
+def corruption_errors(**more):
+    errors = {"gaussian_noise": 0.5, "fog": 0.25}
+    rows = {name: {"error": error, "error_by_severity": [error] * 5} for name, error in errors.items()}
+    return {"severities": [1, 2, 3, 4, 5], "per_corruption": rows, "mean_error": 0.375, **more}
+
+
+RESULTS = {
+    "task": "finetune",
+    "dataset": "/home/private/beans",
+    "metrics": {"accuracy": 0.97, "loss": 0.125, "balanced_accuracy": 0.5},
+    "robustness": {
+        "imagenet_a": {"accuracy": 0.374, "top5_accuracy": 0.6},
+        "imagenet_c": corruption_errors(mce=49.52),
+        "corruptions": corruption_errors(),
+    },
+    "recipe": {
+        "model_name_or_path": "someone/mimae-beans",
+        "dataset_name": "someone/beans",
+        "hub_model_id": "someone/beans",
+        "hub_token": "hf_" + "private" * 5,
+        "train_dir": "/home/private/beans",
+    },
+    "seed": 3,
+    "commit": None,
+    "hardware": {"device": "CPU, 2 threads", "world_size": 1},
+    "versions": {"torch": "2.11.0"},
+}
+
+
+def write_classifier_card(folder, **changes):
+    return write_classification_card(folder, results=RESULTS | changes, pictures=["confusion.png"]).read_text()
+
+
+def test_a_classifiers_card_gives_its_figures(tmp_path):
+    card = write_classifier_card(tmp_path)
+    for line in (
+        "# beans",
+        "- Data: on the machine of the run, not named here",
+        "- Starting point: someone/mimae-beans",
+        "- Seed: 3",
+        "- Hardware: device CPU, 2 threads, world_size 1",
+        "| top-1 accuracy | 97.0 % |",
+        "| top-5 accuracy | not measured |",
+        "| loss | 0.125 |",
+        "| balanced_accuracy | 50.0 % |",
+        "| ImageNet-A | 37.4 % | 60.0 % |",
+        "| gaussian noise | 50.0 % |",
+        "| **mean** | 37.5 % |",
+        "| **mCE (AlexNet: 100)** | 49.5 |",
+        "![confusion](confusion.png)",
+        "- The run did not record: held-out images, commit of the code.",
+    ):
+        assert line in card.splitlines(), line
+    assert card.count("mCE") == 2  # in the table of ImageNet-C and in its model-index, not in that of other images
+    assert "- Robustness" not in card
+    assert "private" not in card
+    assert "\n\n\n" not in card
+
+
+def test_a_classifiers_figures_are_in_the_model_index(tmp_path):
+    write_classifier_card(tmp_path)
+    data = ModelCard.load(tmp_path / "README.md").data
+    assert (data.pipeline_tag, data.base_model, data.datasets) == (
+        "image-classification",
+        ["someone/mimae-beans"],
+        ["someone/beans"],
+    )
+    own, mce = ("someone/beans", "images not named here"), "mCE (AlexNet: 100)"
+    assert model_index(tmp_path) == [
+        (*own, None, "accuracy", "top-1 accuracy", 0.97),
+        ("imagenet_a", "ImageNet-A", None, "accuracy", "top-1 accuracy", 0.374),
+        ("imagenet_a", "ImageNet-A", None, "accuracy", "top-5 accuracy", 0.6),
+        ("imagenet_c", "ImageNet-C", None, "error", "mean error", 0.375),
+        ("imagenet_c", "ImageNet-C", None, "mce", mce, 49.52),
+        (*own, "corrupted", "error", "mean error", 0.375),
+    ]
+
+
+def test_a_classifiers_card_says_what_was_not_measured(tmp_path):
+    card = write_classification_card(tmp_path, results={"task": "linear_probe"}, pictures=[]).read_text()
+    assert "a linear classifier on the frozen features" in card
+    assert "- Robustness: how the model fares" in card
+    assert "did not record: starting point, data, held-out images, seed, hardware, commit of the code, v" in card
+    assert "%" not in card
+    assert "model-index" not in card
+
+
+@pytest.mark.parametrize(
+    ("changes", "start"),
+    [
+        ({"untrained": True}, "random weights"),
+        ({"recipe": {"preset": "vit-tiny"}}, "random weights"),
+        ({"recipe": {"model_name_or_path": "/home/private/run"}}, "on the machine of the run, not named here"),
+    ],
+)
+def test_a_card_claims_no_pretrained_encoder_where_there_was_none(tmp_path, changes, start):
+    card = write_classifier_card(tmp_path, **changes)
+    assert f"- Starting point: {start}" in card.splitlines()
+    assert ModelCard.load(tmp_path / "README.md").data.base_model is None
+
+
+@pytest.mark.parametrize("task", ["knn", "evaluate", None])
+def test_a_task_that_leaves_no_classifier_gets_no_card(tmp_path, task):
+    with pytest.raises(ValueError, match="leaves no classifier"):
+        write_classifier_card(tmp_path, task=task)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("revision", "argument"), [(None, ""), ("stock", ', revision="stock"')])
+def test_a_backbones_card_loads_it_without_remote_code_and_names_its_model(tmp_path, revision, argument):
+    card = write_backbone_card(
+        tmp_path, base_model="someone/digits", checkpoint="someone/there", revision=revision
+    ).read_text()
+    assert ModelCard.load(tmp_path / "README.md").data.base_model == "someone/digits"
+    assert 'checkpoint = "someone/there"\n' in card
+    assert f"AutoModel.from_pretrained(checkpoint{argument}, add_pooling_layer=False)" in card
+    assert "trust_remote_code" not in card
+
+
+EXAMPLES = Path(__file__).parents[1] / "model_cards" / "examples"
+
+
+def test_the_example_has_the_form_of_what_a_run_writes_today(tmp_path):
+    def form(folder):
+        """Headings, names in tables, pictures and code: what does not differ between runs."""
+        card = re.sub(r"<details>.*?</details>", "", (folder / "README.md").read_text(), flags=re.DOTALL)
+        return [
+            line.rsplit(" | ", 1)[0] for line in card.splitlines() if re.match(r"#|\||!\[|from|model|output|- A", line)
+        ]
+
+    assert pretrain(tmp_path, max_train_steps=2, hub_model_id="someone/mimae-digits-example") == 0
+    written, example = form(tmp_path), form(EXAMPLES / "digits")
+    assert len(written) > 20
+    assert [re.sub(r"[\d.]+ %", "", line) for line in example] == [re.sub(r"[\d.]+ %", "", line) for line in written]
+    for name in ("reconstructions.png", "curves.png"):
+        assert (EXAMPLES / "digits" / name).stat().st_size > 1000

@@ -1,1 +1,1 @@
-"""The pre-training loop and what it stands on: schedule, parameter groups, checkpoints, monitors."""
+"""Training of encoders and classifiers, and what it stands on: schedules, groups, checkpoints, monitors."""

@@ -4,10 +4,10 @@ import argparse
 import dataclasses
 import difflib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import yaml
 from transformers import HfArgumentParser, PreTrainedConfig
@@ -19,7 +19,10 @@ class RecipeError(ValueError):
     """A recipe or a flag that cannot be used; the message names the key."""
 
 
-def _option(default: Any, text: str) -> Any:
+def option(default: Any, text: str) -> Any:
+    """A flag with its default and its help."""
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata={"help": text})
     return field(default=default, metadata={"help": text})
 
 
@@ -27,100 +30,118 @@ def _option(default: Any, text: str) -> Any:
 class ModelArguments:
     """Which model is trained. Every field of the model's configuration is a flag and a recipe key, too."""
 
-    model_type: str = _option("mimae", "The model: mimae.")
-    preset: str | None = _option(
+    model_type: str = option("mimae", "The model: mimae.")
+    preset: str | None = option(
         None, "Size: vit-tiny, vit-small, vit-base, vit-large or vit-huge; fields win over it."
     )
-    model_name_or_path: str | None = _option(
+    model_name_or_path: str | None = option(
         None, "Start from this checkpoint's weights: one of this project's, or any ViTMAE's. The recipe's values win."
     )
-    attn_implementation: str | None = _option(None, "sdpa, eager or flash_attention_2; default: transformers' choice.")
-    gradient_checkpointing: bool = _option(False, "Recompute activations in the backward pass, to save memory.")
+    attn_implementation: str | None = option(None, "sdpa, eager or flash_attention_2; default: transformers' choice.")
+    gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass, to save memory.")
 
     def __post_init__(self):
         check_types(self)
 
 
 @dataclass
-class PretrainingArguments:
-    """Optimisation (Sec. 5.1 and the official MAE's recipe), state on disk, and what is shown."""
+class HubArguments:
+    """Whether and where the result goes on the Hub. The token is huggingface_hub's: `hf auth login`, or HF_TOKEN."""
 
-    output_dir: str | None = _option(
-        None, "Where everything goes; default: in outputs/, by the recipe, numbered if taken."
-    )
-    overwrite_output_dir: bool = _option(False, "Delete the run that output_dir holds.")
-    resume_from_checkpoint: str | None = _option(None, "latest (the newest valid one in output_dir), or a path.")
-    seed: int = _option(0, "Initialisation, order of samples, augmentation and masks follow from it.")
-
-    per_device_train_batch_size: int = _option(64, "Images per process and forward pass.")
-    gradient_accumulation_steps: int = _option(1, "Forward passes per optimiser step.")
-    num_train_epochs: float = _option(200.0, "Passes over the images.")
-    max_train_steps: int | None = _option(None, "Optimiser steps; wins over num_train_epochs.")
-    base_learning_rate: float = _option(1.5e-4, "lr = base_learning_rate * batch / lr_base_batch.")
-    lr_batch_unit: Literal["views", "images"] = _option("views", "What the batch counts in the lr rule.")
-    lr_base_batch: int = _option(256, "See base_learning_rate; 256 for MAE, 512 for SimMIM.")
-    min_learning_rate: float = _option(0.0, "Where the half-cosine ends.")
-    warmup_epochs: float = _option(10.0, "Linear from 0.")
-    weight_decay: float = _option(0.05, "On parameters with more than one dimension that are not biases.")
-    adam_beta1: float = _option(0.9, "AdamW.")
-    adam_beta2: float = _option(0.95, "AdamW.")
-    max_grad_norm: float | None = _option(None, "Clip gradients at this norm, the approximator's on their own.")
-    max_nonfinite_steps: int = _option(10, "Stop after so many steps in a row without a finite gradient.")
-
-    image_mean: list[float] | None = _option(
-        None, "Per channel, in 0..1; default: ImageNet's for 3 channels, else 0.5."
-    )
-    image_std: list[float] | None = _option(
-        None, "Per channel, in 0..1; default: ImageNet's for 3 channels, else 0.5."
-    )
-
-    mixed_precision: Literal["no", "fp16", "bf16"] | None = _option(None, "Default: accelerate's.")
-    torch_compile: bool = _option(False, "Compile the model; pays on a GPU.")
-    use_cpu: bool = _option(False, "Train on the CPU even if there is a GPU.")
-    cpu_threads: int | None = _option(
-        None, "On a CPU, threads of all processes of a machine together; default: torch's, which accelerate sets to 1."
-    )
-
-    checkpointing_steps: int | None = _option(None, "Save every so many steps; wins over checkpointing_epochs.")
-    checkpointing_epochs: float = _option(1.0, "Save every so many epochs.")
-    checkpoints_total_limit: int | None = _option(3, "Keep the newest so many; at least 2.")
-    logging_steps: int = _option(10, "Log every so many steps.")
-    evaluation_steps: int | None = _option(None, "Draw pictures and probe every so many steps; wins over epochs.")
-    evaluation_epochs: float = _option(10.0, "Draw pictures and probe every so many epochs.")
-    probe_samples: int = _option(5000, "At most so many images to fit the probe on, and to test it; 0: no probe.")
-    evaluation_crop_ratio: float = _option(0.875, "Images are probed resized to size / ratio and cropped; 1: whole.")
-    report_to: str = _option("tensorboard", "Any Accelerate tracker, several with commas, or none.")
+    push_to_hub: bool = option(False, "Upload the model, its encoder as a stock ViT, and the card, at the end.")
+    hub_model_id: str | None = option(None, "The repository; default: output_dir's name, in your own namespace.")
+    hub_private_repo: bool = option(False, "Make the repository private, if it is new.")
 
     def __post_init__(self):
         check_types(self)
-        for name in (
-            "per_device_train_batch_size",
-            "gradient_accumulation_steps",
-            "logging_steps",
-            "lr_base_batch",
-            "max_nonfinite_steps",
-        ):
-            _require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
-        for name in ("max_train_steps", "checkpointing_steps", "evaluation_steps", "cpu_threads"):
+
+
+@dataclass
+class RunArguments:
+    """What every training has: its folder, its batches, the machine, and how often something is kept or shown."""
+
+    output_dir: str | None = option(
+        None, "Where everything goes; default: in outputs/, by the recipe, numbered if taken."
+    )
+    overwrite_output_dir: bool = option(False, "Delete the run that output_dir holds.")
+    resume_from_checkpoint: str | None = option(None, "latest (the newest valid one in output_dir), or a path.")
+    seed: int = option(0, "Initialisation, order of samples and everything drawn at random follow from it.")
+
+    per_device_train_batch_size: int = option(64, "Images per process and forward pass.")
+    gradient_accumulation_steps: int = option(1, "Forward passes per optimiser step.")
+    max_train_steps: int | None = option(None, "Optimiser steps; wins over num_train_epochs.")
+    weight_decay: float = option(0.05, "On parameters with more than one dimension that are not biases.")
+    max_grad_norm: float | None = option(None, "Clip gradients at this norm; pre-training, the approximator's apart.")
+
+    image_mean: list[float] | None = option(
+        None, "Per channel, in 0..1; default: the checkpoint's, else ImageNet's for 3 channels, else 0.5."
+    )
+    image_std: list[float] | None = option(
+        None, "Per channel, in 0..1; default: the checkpoint's, else ImageNet's for 3 channels, else 0.5."
+    )
+    evaluation_crop_ratio: float = option(0.875, "Images are tested resized to size / ratio and cropped; 1: whole.")
+
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = option(None, "Default: accelerate's.")
+    torch_compile: bool = option(False, "Compile the model; pays on a GPU.")
+    use_cpu: bool = option(False, "Train on the CPU even if there is a GPU.")
+    cpu_threads: int | None = option(
+        None, "On a CPU, threads of all processes of a machine together; default: torch's, which accelerate sets to 1."
+    )
+
+    checkpointing_steps: int | None = option(None, "Save every so many steps; wins over checkpointing_epochs.")
+    checkpointing_epochs: float = option(1.0, "Save every so many epochs.")
+    checkpoints_total_limit: int | None = option(3, "Keep the newest so many; at least 2.")
+    logging_steps: int = option(10, "Log every so many steps.")
+    evaluation_steps: int | None = option(None, "Evaluate every so many steps; wins over evaluation_epochs.")
+    evaluation_epochs: float = option(10.0, "Evaluate every so many epochs.")
+    report_to: str = option("tensorboard", "Any Accelerate tracker, several with commas, or none.")
+
+    def __post_init__(self):
+        check_types(self)
+        self._check("at least 1", lambda value: value >= 1, *self.AT_LEAST_1)
+        self._check("positive", lambda value: value > 0, *self.POSITIVE)
+        self._check("0 or more", lambda value: value >= 0, *self.NOT_NEGATIVE)
+        self._check("above 0 and at most 1", lambda value: 0 < value <= 1, "evaluation_crop_ratio")
+        self._check("at least 2", lambda value: value >= 2, "checkpoints_total_limit")
+
+    def _check(self, words: str, holds: Callable[[float], bool], *names: str) -> None:
+        """Refuses the fields that are set and for which something does not hold."""
+        for name in names:
             value = getattr(self, name)
-            _require(value is None or value >= 1, f"{name}={value} must be at least 1")
-        for name in ("num_train_epochs", "checkpointing_epochs", "evaluation_epochs", "base_learning_rate"):
-            _require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be positive")
-        for name in ("warmup_epochs", "probe_samples", "weight_decay", "min_learning_rate"):
-            _require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative")
-        _require(
-            self.max_grad_norm is None or self.max_grad_norm > 0,
-            f"max_grad_norm={self.max_grad_norm} must be positive; leave it out to clip nothing",
-        )
-        ratio = self.evaluation_crop_ratio
-        _require(0 < ratio <= 1, f"evaluation_crop_ratio={ratio} must lie above 0 and at most at 1")
-        limit = self.checkpoints_total_limit
-        _require(limit is None or limit >= 2, f"checkpoints_total_limit={limit} must be at least 2")
+            if value is not None and not holds(value):
+                raise RecipeError(f"{name}={value} must be {words}")
+
+    AT_LEAST_1: ClassVar = (
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+        "logging_steps",
+        "max_train_steps",
+        "checkpointing_steps",
+        "evaluation_steps",
+        "cpu_threads",
+    )
+    POSITIVE: ClassVar = ("checkpointing_epochs", "evaluation_epochs", "max_grad_norm")
+    NOT_NEGATIVE: ClassVar = ("weight_decay",)
 
 
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise RecipeError(message)
+@dataclass
+class PretrainingArguments(RunArguments):
+    """Optimisation (Sec. 5.1 and the official MAE's recipe), and the probe that watches it."""
+
+    num_train_epochs: float = option(200.0, "Passes over the images.")
+    base_learning_rate: float = option(1.5e-4, "lr = base_learning_rate * batch / lr_base_batch.")
+    lr_batch_unit: Literal["views", "images"] = option("views", "What the batch counts in the lr rule.")
+    lr_base_batch: int = option(256, "See base_learning_rate; 256 for MAE, 512 for SimMIM.")
+    min_learning_rate: float = option(0.0, "Where the half-cosine ends.")
+    warmup_epochs: float = option(10.0, "Linear from 0.")
+    adam_beta1: float = option(0.9, "AdamW.")
+    adam_beta2: float = option(0.95, "AdamW.")
+    max_nonfinite_steps: int = option(10, "Stop after so many steps in a row without a finite gradient.")
+    probe_samples: int = option(5000, "At most so many images to fit the probe on, and to test it; 0: no probe.")
+
+    AT_LEAST_1: ClassVar = (*RunArguments.AT_LEAST_1, "lr_base_batch", "max_nonfinite_steps")
+    POSITIVE: ClassVar = (*RunArguments.POSITIVE, "num_train_epochs", "base_learning_rate")
+    NOT_NEGATIVE: ClassVar = (*RunArguments.NOT_NEGATIVE, "warmup_epochs", "probe_samples", "min_learning_rate")
 
 
 def read_recipe(path: str | Path) -> dict[str, Any]:
@@ -182,7 +203,8 @@ def parse_arguments(
     )
     known = [action.dest for action in parser._actions]
     for flag in unknown[:1]:
-        raise RecipeError(f"unknown flag {flag!r}{_did_you_mean(flag.lstrip('-').split('=')[0], known)}")
+        name = flag.split("=")[0]  # what follows may be a token
+        raise RecipeError(f"unknown flag {name!r}{_did_you_mean(name.lstrip('-'), known)}")
     overrides = {key: value for key, value in vars(rest).items() if key in fields}
     return instances, {**{k: v for k, v in recipe.items() if k in fields}, **overrides}, recipe_path
 

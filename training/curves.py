@@ -8,19 +8,25 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ..evaluation.pictures import save_figure
 from .jsonl import read_jsonl
-from .pictures import save_figure
 
 logger = logging.getLogger(__name__)
 
 # Title of a panel, and the metrics it draws with their names in its legend.
-PANELS = (
+Panels = tuple[tuple[str, dict[str, str]], ...]
+PRETRAINING_PANELS: Panels = (
     ("Reconstruction, $L_\\mathrm{rec}$", {"reconstruction_loss": ""}),
     ("Agreement between views (InfoNCE), $L_\\mathrm{max}$", {"mi_max_loss": ""}),
     ("Independence of views (CLUB), $L_\\mathrm{min}$", {"mi_min_loss": ""}),
     ("Fit of the approximator, $L_\\mathrm{approx}$", {"approximation_loss": ""}),
     ("Learning rate", {"learning_rate": ""}),
     ("Accuracy on frozen features", {"knn_accuracy": "k-NN", "linear_accuracy": "linear"}),
+)
+CLASSIFICATION_PANELS: Panels = (
+    ("Loss, of training with its mixing and smoothing", {"loss": "training", "eval_loss": "held out"}),
+    ("Accuracy on held-out images", {"eval_accuracy": "top 1", "eval_top5_accuracy": "top 5"}),
+    ("Learning rate", {"learning_rate": ""}),
 )
 COLORS = ("#2f5d8a", "#c8702a")
 FAINT = "#8a8a8a"
@@ -29,9 +35,13 @@ Series = dict[str, dict[int, float]]
 
 
 def save_curves(
-    metrics_path: str | os.PathLike, picture_path: str | os.PathLike, *, gate_threshold: float | None = None
+    metrics_path: str | os.PathLike,
+    picture_path: str | os.PathLike,
+    *,
+    panels: Panels = PRETRAINING_PANELS,
+    gate_threshold: float | None = None,
 ) -> Path | None:
-    """Draw losses, learning rate and probes over the steps of a run as a PNG; what was not logged is left out.
+    """Draw losses, learning rate and accuracies over the steps of a run as a PNG; what was not logged is left out.
 
     With `gate_threshold`, the threshold of L_rec is drawn in, and the first logged step at which the gate was open.
     A step logged twice, by a run that was resumed, counts as it was logged last.
@@ -39,13 +49,14 @@ def save_curves(
     Args:
         metrics_path: one JSON object a line, with `step` and any metrics.
         picture_path: where the PNG goes; it appears whole or not at all.
+        panels: which metrics are drawn, and where.
         gate_threshold: the value of L_rec below which the information terms begin to train.
 
     Returns:
         The picture's path, or `None` if nothing was logged that could be drawn.
     """
     series = _read_series(Path(metrics_path))
-    panels = [(title, names) for title, names in PANELS if series.keys() & names.keys()]
+    panels = [(title, names) for title, names in panels if series.keys() & names.keys()]
     if not panels:
         logger.warning("%s holds no metric to draw, so there is no %s", metrics_path, Path(picture_path).name)
         return None

@@ -9,14 +9,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from torch import nn
 
-from ..data.loaders import evaluation_batches
 from ..data.sources import ImageSource
 from ..data.transforms import Normalization
-from ..evaluation.features import evaluating, extract_features
+from ..evaluation.features import evaluating
 from ..evaluation.probes import knn_accuracy, linear_probe_accuracy
+from .features import gather_features
 from .pictures import save_reconstructions
 
 logger = logging.getLogger(__name__)
@@ -81,26 +80,18 @@ class Probe:
 
     def measure(self, model: nn.Module, accelerator: Accelerator) -> dict[str, float]:
         """`knn_accuracy` and `linear_accuracy`, in [0, 1]. Collective: each process extracts its share of features."""
-        features = [x for part in self._parts for x in self._features(model, accelerator, *part)]
+        with accelerator.autocast():
+            features = [
+                x
+                for source, indices in self._parts
+                for x in gather_features(model, source, indices, normalize=self._normalize, read=self._read)
+            ]
         if not accelerator.is_main_process:
             return {}
         if len(np.unique(features[1])) < 2:
             logger.warning("no probe: its %d training images are of fewer than two classes", len(features[1]))
             return {}
         return {"knn_accuracy": knn_accuracy(*features), "linear_accuracy": linear_probe_accuracy(*features)}
-
-    def _features(
-        self, model: nn.Module, accelerator: Accelerator, source: ImageSource, indices: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        share = indices[accelerator.process_index :: accelerator.num_processes]
-        parts = []
-        if len(share):  # there may be more processes than images
-            batches = evaluation_batches(source, indices=share, **self._read)
-            with accelerator.autocast():
-                parts = [extract_features(model, batches, normalize=self._normalize, device=accelerator.device)]
-        parts = parts if accelerator.num_processes == 1 else gather_object(parts)
-        features, labels = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-        return features[labels >= 0], labels[labels >= 0]  # -1: an image without a label
 
 
 class Evaluation:

@@ -2,10 +2,15 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from timm.optim import param_groups_weight_decay
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+
+# parameters with more than one dimension that are vectors in kind (models_vit.py of the official MAE)
+UNDECAYED_TOKENS = ("cls_token", "position_embeddings")
 
 
 def scaled_learning_rate(
@@ -45,6 +50,69 @@ def build_adamw(model: nn.Module, *, weight_decay: float, betas: tuple[float, fl
     """
     groups = param_groups_weight_decay(model, weight_decay)
     return torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
+
+
+def build_finetuning_adamw(
+    model: nn.Module,
+    *,
+    learning_rate: float,
+    weight_decay: float,
+    layer_decay: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+) -> torch.optim.AdamW:
+    """AdamW over `layer_decay_groups`, whose learning rates are `learning_rate` · lr_scale.
+
+    Raises:
+        ValueError: see `layer_decay_groups`.
+    """
+    groups = layer_decay_groups(model, weight_decay=weight_decay, layer_decay=layer_decay)
+    groups = [{**group, "lr": learning_rate * group["lr_scale"]} for group in groups]
+    return torch.optim.AdamW(groups, betas=betas, fused=True)
+
+
+def layer_decay_groups(model: nn.Module, *, weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:
+    """Parameter groups whose learning rate falls with the distance from the head.
+
+    lr_scale = layer_decay ** (depth + 1 - layer). The embeddings are layer 0 and block i is layer i + 1; what follows
+    the blocks, the last norm included, has scale 1 (facebookresearch/mae, util/lr_decay.py; timm's own rule counts the
+    last norm to the last block). As there, vectors, the class token and the positions do not decay.
+
+    Args:
+        model: has its encoder as `base_model`, and that has `embeddings` and the list `layers`.
+        weight_decay: of the parameters that do decay.
+        layer_decay: in (0, 1]; with 1 all layers learn alike.
+
+    Returns:
+        Groups for an optimiser, largest scale first, so that what logs the first group's learning rate logs the
+        peak's. Each has `params` as (name, parameter) pairs, `lr_scale` and `weight_decay`; frozen parameters are in
+        none.
+
+    Raises:
+        ValueError: a layer decay that is not in (0, 1].
+    """
+    if not 0 < layer_decay <= 1:
+        raise ValueError(f"layer_decay={layer_decay} must be above 0 and at most 1 (1: all layers learn alike)")
+    encoder = model.base_model
+    layers = [encoder.embeddings, *encoder.layers]
+    layer_of = {id(parameter): layer for layer, module in enumerate(layers) for parameter in module.parameters()}
+    groups: dict[tuple[float, float], dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        scale = layer_decay ** (len(layers) - layer_of.get(id(parameter), len(layers)))
+        decay = 0.0 if parameter.ndim <= 1 or name.endswith(UNDECAYED_TOKENS) else weight_decay
+        group = groups.setdefault((scale, decay), {"params": [], "lr_scale": scale, "weight_decay": decay})
+        group["params"].append((name, parameter))
+    return sorted(groups.values(), key=lambda group: -group["lr_scale"])
+
+
+def schedule_as_lambda(optimizer: torch.optim.Optimizer, schedule: WarmupCosine) -> LambdaLR:
+    """The schedule as a factor on the learning rate that each group has now, for `transformers.Trainer`.
+
+    Groups keep their ratio at every step, the final learning rate included, as in the official MAE
+    (util/lr_sched.py).
+    """
+    return LambdaLR(optimizer, lambda step: schedule(step) / schedule.peak)
 
 
 def parameter_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:

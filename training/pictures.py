@@ -6,17 +6,18 @@ ordered (row, column, channel) as ViTMAE orders them. In a mask 1 is masked, 0 i
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
 
+from ..evaluation.pictures import INK, save_figure
+
 TILE_SIZE = 128  # pixels of the longer side of a small image, at least
 GAP = 4  # pixels between images
 GROUP_GAP = 28  # pixels between originals, views and reconstructions
 HEADER = 56  # pixels above the images
-INK, FAINT = "#1a1a1a", "#8a8a8a"
+FAINT = "#8a8a8a"
 
 
 def patchify(pixel_values: torch.Tensor, patch_size: int) -> torch.Tensor:
@@ -111,14 +112,6 @@ def save_reconstructions(
     )
     figure = _draw(_to_rgb(images * std + mean), num_masks=mask.shape[1])
     save_figure(figure, path, dpi=figure.dpi)
-
-
-def save_figure(figure: Figure, path: str | os.PathLike, dpi: float) -> None:
-    """Write a figure as a PNG that appears at `path` whole or not at all."""
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.partial")
-    figure.savefig(partial, format="png", dpi=dpi)
-    partial.replace(path)
 
 
 def _to_rgb(images: torch.Tensor) -> np.ndarray:

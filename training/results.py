@@ -2,6 +2,7 @@
 
 import platform
 import shutil
+import subprocess
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,21 @@ def device_name(device: torch.device) -> str:
     return f"CPU, {torch.get_num_threads()} thread(s), {platform.machine()}"
 
 
+def package_versions() -> dict[str, str]:
+    """Of the libraries that a result depends on."""
+    return {name: version(name) for name in PACKAGES}
+
+
+def source_commit() -> str | None:
+    """The commit of this code, with "-dirty" where files differ from it; None where it is no checkout of its own."""
+    root = Path(__file__).resolve().parents[1]
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    return result.stdout.strip() or None
+
+
 def write_results(output_dir: Path, *, recipe: dict[str, Any], summary: dict[str, Any], picture: Path | None) -> str:
     """Writes `curves.png`, `reconstructions.png` and the card `README.md` from `metrics.jsonl`.
 
@@ -42,7 +58,8 @@ def write_results(output_dir: Path, *, recipe: dict[str, Any], summary: dict[str
         "final": {name: value for name in LOSSES if (value := _last(lines, name)) is not None},
         "probe_before": probes.get(0),
         "probe_after": probes[max(probes)] if probes else None,
-        "versions": {name: version(name) for name in PACKAGES},
+        "commit": source_commit(),
+        "versions": package_versions(),
     }
     save_curves(
         output_dir / "metrics.jsonl",

@@ -16,8 +16,11 @@ RUN_FILES = (
     "README.md",
     "curves.png",
     "reconstructions.png",
+    "results.json",
+    "confusion_matrix.png",
+    "features.png",
 )
-RUN_FOLDERS = ("reconstructions", "tensorboard")
+RUN_FOLDERS = ("reconstructions", "tensorboard", "runs")
 
 
 class OutputDirNotEmptyError(ValueError):
@@ -67,8 +70,8 @@ def clear_output_dir(folder: Path) -> None:
 
 
 def holds_run(folder: Path) -> bool:
-    """Whether a run has begun here: it has logged a step, or saved one."""
-    return (folder / "metrics.jsonl").exists() or bool(_checkpoints(folder))
+    """Whether a run has begun here: it has logged a step, saved one, or left its results."""
+    return any((folder / name).exists() for name in ("metrics.jsonl", "results.json")) or bool(_checkpoints(folder))
 
 
 def _checkpoints(folder: Path) -> list[Path]:

@@ -1,0 +1,251 @@
+"""Robustness on ImageNet's offspring: the 200 classes of ImageNet-A and -R, and the corruptions of ImageNet-C.
+
+An error is a fraction of images classified wrong, in [0, 1]. A relative error is in per cent of AlexNet's on the same
+corruption, so that mCE, their mean, is 100 for AlexNet itself.
+
+Shapes: B images, C channels, H × W pixels, K classes of a model, k of them that are looked at.
+"""
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.modeling_outputs import ImageClassifierOutput
+
+# AlexNet's top-1 errors, each the mean over five severities: Hendrycks and Dietterich, ICLR 2019 (arXiv 1903.12261).
+# Names and order are those of the published folders.
+ALEXNET_ERRORS = {
+    "gaussian_noise": 0.886428,
+    "shot_noise": 0.894468,
+    "impulse_noise": 0.922640,
+    "defocus_blur": 0.819880,
+    "glass_blur": 0.826268,
+    "motion_blur": 0.785948,
+    "zoom_blur": 0.798360,
+    "snow": 0.866816,
+    "frost": 0.826572,
+    "fog": 0.819324,
+    "brightness": 0.564592,
+    "contrast": 0.853204,
+    "elastic_transform": 0.646056,
+    "pixelate": 0.717840,
+    "jpeg_compression": 0.606500,
+}
+CORRUPTIONS = tuple(ALEXNET_ERRORS)
+SEVERITIES = (1, 2, 3, 4, 5)
+ARCHIVES = ("noise", "blur", "weather", "digital")  # what the published archives unpack to
+
+NAMED = 10  # so many of what is missing are named in an error
+
+
+# --- classes --------------------------------------------------------------------------------------------------------
+
+
+def imagenet_wnids() -> tuple[str, ...]:
+    """The 1,000 WordNet ids of ImageNet-1k, sorted: the order of its labels."""
+    return _wnids("imagenet_1k")
+
+
+def imagenet_a_wnids() -> tuple[str, ...]:
+    """The 200 of them in ImageNet-A, sorted (Hendrycks et al. 2021, arXiv 1907.07174)."""
+    return _wnids("imagenet_a")
+
+
+def imagenet_r_wnids() -> tuple[str, ...]:
+    """The 200 of them in ImageNet-R, sorted (Hendrycks et al. 2021, arXiv 2006.16241)."""
+    return _wnids("imagenet_r")
+
+
+@cache
+def _wnids(name: str) -> tuple[str, ...]:
+    return tuple(files(__package__).joinpath("imagenet_classes", f"{name}.txt").read_text("ascii").split())
+
+
+def class_positions(classes: Sequence[str], label_names: Sequence[str]) -> list[int]:
+    """Where a set's classes stand among the labels of a model.
+
+    `RestrictedClassifier(model, class_positions(imagenet_a_wnids(), label_names))` has the classes of ImageNet-A, in
+    the order of that list; `class_positions(set_label_names, imagenet_a_wnids())` gives the labels of a set of images
+    in the same order, also where a class has no image.
+
+    A label is found by its name. A model with 1,000 labels of which none is a wnid ("tench, Tinca tinca", "LABEL_0")
+    is taken for one of ImageNet-1k, whose labels stand in the order of the sorted wnids.
+
+    Args:
+        classes: names of the set's classes.
+        label_names: names of the model's labels, in the order of its logits.
+
+    Returns:
+        one position in `label_names` for each of `classes`.
+
+    Raises:
+        ValueError: classes that the model does not have; they are named.
+    """
+    wnids = imagenet_wnids()
+    if len(label_names) == len(wnids) and not set(wnids) & set(label_names) and set(classes) <= set(wnids):
+        label_names = wnids
+    position = {name: index for index, name in enumerate(label_names)}
+    missing = [name for name in classes if name not in position]
+    if missing:
+        raise ValueError(
+            f"{len(missing)} of {len(classes)} classes are not among the {len(label_names)} labels "
+            f"({_some(label_names, 3)}): {_some(missing, NAMED)}. Evaluate a model whose id2label has these names; "
+            "for ImageNet's offspring also one with any 1,000 names in the order of the sorted wnids"
+        )
+    return [position[name] for name in classes]
+
+
+class RestrictedClassifier(nn.Module):
+    """A classifier that knows only some of its classes, as ImageNet-A and -R are evaluated.
+
+    Args:
+        model: gives `logits` (B, K) for pixel_values (B, C, H, W).
+        positions: of the k classes, in the order of the new logits; see `class_positions`.
+    """
+
+    def __init__(self, model: nn.Module, positions: Sequence[int]):
+        super().__init__()
+        self.model = model
+        self.register_buffer("positions", torch.tensor(positions), persistent=False)
+
+    def forward(self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None) -> ImageClassifierOutput:
+        """Logits (B, k), and their cross entropy where there are labels (B,), in [0, k); −100 is left out."""
+        logits = self.model(pixel_values).logits[:, self.positions]
+        return ImageClassifierOutput(loss=None if labels is None else F.cross_entropy(logits, labels), logits=logits)
+
+
+# --- ImageNet-C -----------------------------------------------------------------------------------------------------
+
+
+def corruption_folders(root: str | os.PathLike) -> dict[tuple[str, int], Path]:
+    """The 75 image folders of ImageNet-C, with a folder for each class in them.
+
+    They are `root/gaussian_noise/1` to `root/jpeg_compression/5`, with or without the folders that the published
+    archives unpack to, as in `root/noise/gaussian_noise/1`. Other folders, as those of the four extra corruptions,
+    are left alone. The images are 224 px already, cropped as for evaluation: read them with
+    `evaluation_transform(224, crop_ratio=1)`.
+
+    Raises:
+        ValueError: `root` is no ImageNet-C, or lacks corruptions or severities; they are named.
+    """
+    root = Path(root)
+    expected = "expected <corruption>/<severity>/<class>/*.JPEG, as gaussian_noise/1 or noise/gaussian_noise/1"
+    if not root.is_dir():
+        raise ValueError(f"{root} is not a folder, so it is no ImageNet-C: {expected}")
+    parents = {name: _corruption_parent(root, name) for name in CORRUPTIONS}
+    if not any(parents.values()):
+        found = sorted(path.name for path in root.iterdir())
+        raise ValueError(f"{root} is no ImageNet-C: {expected}, found {_some(found, NAMED) or 'nothing'}")
+    lacking = [name for name, parent in parents.items() if parent is None]
+    folders = {
+        (name, severity): parent / str(severity)
+        for name, parent in parents.items()
+        if parent
+        for severity in SEVERITIES
+    }
+    lacking += ["/".join(map(str, key)) for key, folder in folders.items() if not _has_folders(folder)]
+    if lacking:
+        raise ValueError(f"{root} is no whole ImageNet-C, it has no images of {_some(lacking, NAMED)}: {expected}")
+    return folders
+
+
+def _corruption_parent(root: Path, name: str) -> Path | None:
+    places = (root / name, *(root / archive / name for archive in ARCHIVES))
+    return next((place for place in places if place.is_dir()), None)
+
+
+def _has_folders(folder: Path) -> bool:
+    return folder.is_dir() and any(path.is_dir() for path in folder.iterdir())
+
+
+def relative_errors(errors: Mapping[str, float]) -> dict[str, float]:
+    """Errors in per cent of AlexNet's, in the order of `CORRUPTIONS` (Hendrycks and Dietterich 2019, Sec. 4).
+
+    Args:
+        errors: of each of the 15 corruptions, the mean over five severities.
+
+    Raises:
+        ValueError: a corruption is unknown or missing.
+    """
+    _refuse_unknown(errors)
+    missing = [name for name in CORRUPTIONS if name not in errors]
+    if missing:
+        raise ValueError(f"mCE is a mean over 15 corruptions, and {_some(missing, 15)} are missing")
+    return {name: 100 * (errors[name] / alexnet) for name, alexnet in ALEXNET_ERRORS.items()}
+
+
+def corruption_table(errors: Mapping[tuple[str, int], float], *, relative_to_alexnet: bool = False) -> dict[str, Any]:
+    """Errors by corruption and severity, with their means; plain data, to be written as JSON.
+
+    Args:
+        errors: top-1 errors of any corruptions, all at the same severities.
+        relative_to_alexnet: adds mCE. AlexNet's errors belong to ImageNet-C, so it means nothing for other sets, and
+            needs all 15 corruptions at all five severities.
+
+    Returns:
+        `severities`, a list; `per_corruption`, of each corruption its `error`, the mean over severities, and
+        `error_by_severity`, a list; `mean_error` over all. With `relative_to_alexnet` also `mce`, and each
+        corruption's `relative_error`.
+
+    Raises:
+        ValueError: no error, an unknown corruption, or severities that not all have; for mCE, any that is missing.
+    """
+    _refuse_unknown(name for name, _ in errors)
+    names = [name for name in CORRUPTIONS if any(name == key for key, _ in errors)]
+    severities = sorted({severity for _, severity in errors})
+    wanted = SEVERITIES if relative_to_alexnet else severities
+    missing = [f"{name}/{severity}" for name in names for severity in wanted if (name, severity) not in errors]
+    if missing or not errors:
+        raise ValueError(f"no table of corruption errors without {_some(missing, NAMED) or 'errors'}")
+    rows = {name: [errors[name, severity] for severity in severities] for name in names}
+    # statistics.mean is exact in rational arithmetic: the mean of equal numbers is that number
+    per_corruption = {name: {"error": mean(row), "error_by_severity": row} for name, row in rows.items()}
+    table = {
+        "severities": severities,
+        "per_corruption": per_corruption,
+        "mean_error": mean(entry["error"] for entry in per_corruption.values()),
+    }
+    if relative_to_alexnet:
+        relative = relative_errors({name: entry["error"] for name, entry in per_corruption.items()})
+        for name, entry in per_corruption.items():
+            entry["relative_error"] = relative[name]
+        table["mce"] = mean(relative.values())
+    return table
+
+
+def corruption_markdown(table: Mapping[str, Any]) -> str:
+    """A `corruption_table` in Markdown, with the means over corruptions in its last row."""
+    header = ["error in %", *(f"severity {severity}" for severity in table["severities"]), "mean"]
+    rows = {
+        name: [100 * error for error in (*entry["error_by_severity"], entry["error"])]
+        for name, entry in table["per_corruption"].items()
+    }
+    if "mce" in table:
+        header.append("% of AlexNet's")
+        for name, entry in table["per_corruption"].items():
+            rows[name].append(entry["relative_error"])
+    # every corruption has as many entries, so the mean of means, and mCE, are means of their columns
+    means = [mean(column) for column in zip(*rows.values(), strict=True)]
+    lines = [header, ["---", *["---:"] * (len(header) - 1)]]
+    lines += [[name.replace("_", " "), *(f"{value:.1f}" for value in row)] for name, row in rows.items()]
+    lines.append(["**mean**", *(f"**{value:.1f}**" for value in means)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _refuse_unknown(names: Iterable[str]) -> None:
+    unknown = sorted(set(names) - set(CORRUPTIONS))
+    if unknown:
+        raise ValueError(f"unknown corruptions {unknown}; there are {list(CORRUPTIONS)}")
+
+
+def _some(names: Sequence[str], count: int) -> str:
+    """The first few of them, in words."""
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return ", ".join(map(str, names[:count])) + more

@@ -1,0 +1,259 @@
+"""The formats that a checkpoint can be exported to: how each is written, and read back by its users' means.
+
+B images, L patches, D width, P values of a patch, K classes.
+"""
+
+import json
+import logging
+import shutil
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import timm
+import torch
+from safetensors.torch import save_file
+from timm.models import save_for_hf
+from torch import nn
+from transformers import ViTConfig, ViTForImageClassification, ViTModel
+
+from ..modeling_mimae import MIMAEForImageClassification, MIMAEForPreTraining, MIMAEPreTrainedModel
+from .official_mae import model_from_official, official_state, read_official_file
+from .timm_vit import TimmArchitecture, timm_architecture, timm_state
+
+logger = logging.getLogger(__name__)
+
+PROCESSOR_NAME = "preprocessor_config.json"
+
+_VIT_FIELDS = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "hidden_act",
+    "hidden_dropout_prob",
+    "attention_probs_dropout_prob",
+    "initializer_range",
+    "layer_norm_eps",
+    "image_size",
+    "patch_size",
+    "num_channels",
+    "qkv_bias",
+)
+
+# "tokens" (B, 1+L, D) after the encoder's last norm; "logits" (B, K) of a classifier; "pixels" (B, L, P) of a decoder
+Outputs = dict[str, torch.Tensor]
+
+
+class ExportError(ValueError):
+    """The checkpoint cannot be exported so, or the export differs from it; nothing was written."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is exported.
+
+    origin: folder, file or Hub name that it was read from.
+    model: in evaluation mode and float32.
+    processor: its image processor's file, if it has one.
+    difference: of reading it, where there was an independent model to compare it with.
+    """
+
+    origin: Path
+    model: MIMAEPreTrainedModel
+    processor: Path | None = None
+    difference: float = 0.0
+
+    @property
+    def is_classifier(self) -> bool:
+        return isinstance(self.model, MIMAEForImageClassification)
+
+    @property
+    def architecture(self) -> TimmArchitecture:
+        """The encoder, or the classifier, in timm's terms."""
+        return timm_architecture(self.model.config, has_classifier=self.is_classifier)
+
+
+def example_images(model: MIMAEPreTrainedModel) -> torch.Tensor:
+    """Two images (2, C, H, W) of noise, always the same ones."""
+    size = (model.config.num_channels, *model.config.image_size_2d)
+    return torch.randn(2, *size, generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def outputs(model: nn.Module, images: torch.Tensor) -> Outputs:
+    """Of a transformers model, ours or a stock ViT, on images (B, C, H, W).
+
+    "pixels" are decoded from the first half of the image's tokens, so that mask tokens count, too.
+    """
+    tokens = model.base_model(images).last_hidden_state
+    found = {"tokens": tokens}
+    if hasattr(model, "classifier"):
+        found["logits"] = model(images).logits
+    if isinstance(model, MIMAEForPreTraining):
+        num_patches, grid_size = model.config.num_patches, model.config.grid_size
+        in_order = torch.arange(num_patches).expand(len(images), 1, num_patches)
+        visible = tokens[:, : 1 + num_patches // 2]
+        found["pixels"] = model.decoder(visible, in_order, grid_size, grid_size)[:, 0]
+    return found
+
+
+@torch.no_grad()
+def timm_outputs(model: nn.Module, images: torch.Tensor) -> Outputs:
+    """As `outputs`, of timm's VisionTransformer."""
+    found = {"tokens": model.forward_features(images)}
+    return {**found, "logits": model(images)} if model.num_classes else found
+
+
+@torch.no_grad()
+def official_outputs(source: Source, state: Mapping[str, torch.Tensor], images: torch.Tensor) -> Outputs:
+    """As `outputs`, of official parameters by timm's model, which shares no code with ours; without a decoder's."""
+    model = source.architecture.create()
+    model.load_state_dict(timm_state(state))
+    return timm_outputs(model, images)
+
+
+class Format(ABC):
+    """A format of checkpoints.
+
+    kinds: what one is on disk: the suffix of a file, or "" for a folder.
+    """
+
+    kinds: tuple[str, ...]
+
+    @abstractmethod
+    def write(self, source: Source, path: Path) -> None:
+        """Write to a path that does not exist; an `ExportError` if the format cannot hold the source."""
+
+    @abstractmethod
+    def read_back(self, source: Source, path: Path, images: torch.Tensor) -> list[Outputs]:
+        """What lies at the path makes of these images, loaded as its users will, by one model or several."""
+
+    @abstractmethod
+    def usage(self, source: Source, path: Path) -> str:
+        """Python text that loads it."""
+
+
+class StockViT(Format):
+    """transformers' own `ViTModel`, or `ViTForImageClassification`, without any code of this project."""
+
+    kinds = ("",)
+
+    def write(self, source: Source, path: Path) -> None:
+        config = source.model.config
+        fields = {name: getattr(config, name) for name in _VIT_FIELDS}
+        if not source.is_classifier:
+            stock = ViTModel(ViTConfig(**fields), add_pooling_layer=False)
+            stock.load_state_dict(source.model.base_model.state_dict())
+        elif config.classifier_pooling == "cls":
+            stock = ViTForImageClassification(ViTConfig(**fields, id2label=config.id2label, label2id=config.label2id))
+            stock.load_state_dict(source.model.state_dict())
+        else:
+            raise ExportError(
+                "a stock ViT normalises every token and classifies the class token, but this classifier averages the "
+                "patches first: export it with --to timm, or export the pre-trained checkpoint that it was made from"
+            )
+        stock.save_pretrained(path)
+        _copy_processor(source, path)
+
+    def read_back(self, source: Source, path: Path, images: torch.Tensor) -> list[Outputs]:
+        if source.is_classifier:
+            return [outputs(ViTForImageClassification.from_pretrained(path).eval(), images)]
+        return [outputs(ViTModel.from_pretrained(path, add_pooling_layer=False).eval(), images)]
+
+    def usage(self, source: Source, path: Path) -> str:
+        name = "ViTForImageClassification" if source.is_classifier else "ViTModel"
+        arguments = repr(str(path)) + ("" if source.is_classifier else ", add_pooling_layer=False")
+        return f"from transformers import {name}\n\nmodel = {name}.from_pretrained({arguments})"
+
+
+class Timm(Format):
+    """A file for `timm.create_model(…, checkpoint_path=…)`, or a folder as timm's models on the Hub are."""
+
+    kinds = ("", ".safetensors", ".pth")
+
+    def write(self, source: Source, path: Path) -> None:
+        state = timm_state(official_state(source.model))
+        if path.suffix == ".safetensors":
+            save_file(state, path, metadata={"format": "pt"})
+        elif path.suffix == ".pth":
+            torch.save(state, path)
+        else:
+            self._write_folder(source, state, path)
+
+    def read_back(self, source: Source, path: Path, images: torch.Tensor) -> list[Outputs]:
+        if path.is_dir():
+            return [timm_outputs(timm.create_model(f"local-dir:{path}", pretrained=True).eval(), images)]
+        return [timm_outputs(source.architecture.create(checkpoint_path=str(path)), images)]
+
+    def usage(self, source: Source, path: Path) -> str:
+        if path.is_dir():
+            return f"import timm\n\nmodel = timm.create_model({f'local-dir:{path}'!r}, pretrained=True)"
+        return source.architecture.usage(str(path))
+
+    def _write_folder(self, source: Source, state: dict[str, torch.Tensor], folder: Path) -> None:
+        architecture, config = source.architecture, source.model.config
+        if not architecture.has_timm_eps:
+            raise ExportError(
+                f"layer_norm_eps={config.layer_norm_eps} has no place in the config.json of a timm model: "
+                "export to a .safetensors file"
+            )
+        processor = json.loads(source.processor.read_text(encoding="utf-8")) if source.processor else {}
+        statistics = {name: processor[f"image_{name}"] for name in ("mean", "std") if f"image_{name}" in processor}
+        # in place of timm's entries, which are about weights of its own
+        facts = {"tag": "mimae", "license": None, "input_size": (config.num_channels, *config.image_size_2d)}
+        model = architecture.create(pretrained_cfg_overlay={**facts, **statistics})
+        model.load_state_dict(state)
+        names = {"label_names": [config.id2label[k] for k in range(config.num_labels)]} if source.is_classifier else {}
+        save_for_hf(model, folder, model_config=names, model_args=architecture.arguments, safe_serialization=True)
+
+
+class OfficialMAE(Format):
+    """A `.pth` file with the names of the official MAE; see `official_mae`."""
+
+    kinds = (".pth",)
+
+    def write(self, source: Source, path: Path) -> None:
+        if getattr(source.model, "approximator", None) is not None:
+            logger.warning(
+                "the approximator V and the gate have no place in the official MAE's layout and stay behind"
+            )
+        torch.save({"model": official_state(source.model)}, path)
+
+    def read_back(self, source: Source, path: Path, images: torch.Tensor) -> list[Outputs]:
+        state, config = read_official_file(path), source.model.config
+        fields = ("image_size", "num_attention_heads", "decoder_num_attention_heads", "layer_norm_eps")
+        again = model_from_official(state, **{name: getattr(config, name) for name in fields})
+        return [outputs(again, images), official_outputs(source, state, images)]
+
+    def usage(self, source: Source, path: Path) -> str:
+        text = f'import torch\n\nstate = torch.load({str(path)!r}, weights_only=True)["model"]'
+        if not source.architecture.has_timm_eps:
+            text += f"  # for a model whose LayerNorms have eps={source.model.config.layer_norm_eps}"
+        return text
+
+
+class Mimae(Format):
+    """A folder of this project."""
+
+    kinds = ("",)
+
+    def write(self, source: Source, path: Path) -> None:
+        source.model.save_pretrained(path)
+        _copy_processor(source, path)
+
+    def read_back(self, source: Source, path: Path, images: torch.Tensor) -> list[Outputs]:
+        return [outputs(type(source.model).from_pretrained(path).eval(), images)]
+
+    def usage(self, source: Source, path: Path) -> str:
+        name = type(source.model).__name__
+        return f"from mimae import {name}\n\nmodel = {name}.from_pretrained({str(path)!r})"
+
+
+def _copy_processor(source: Source, folder: Path) -> None:
+    if source.processor:
+        shutil.copyfile(source.processor, folder / PROCESSOR_NAME)
+
+
+FORMATS: dict[str, Format] = {"vit": StockViT(), "timm": Timm(), "mae": OfficialMAE(), "mimae": Mimae()}

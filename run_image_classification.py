@@ -1,0 +1,607 @@
+"""Use a pre-trained encoder: fine-tune it, probe it, or evaluate what was fine-tuned.
+
+    python run_image_classification.py --task linear_probe --model_name_or_path outputs/demo    # on embedded digits
+    accelerate launch run_image_classification.py --config recipes/imagenet/classification/….yaml --output_dir out
+
+    --task finetune      the whole model, with the augmentation and the layer decay of MAE's recipe
+    --task linear_probe  a linear classifier on frozen features, trained by LARS at several learning rates at once
+    --task knn           the nearest neighbours' votes on frozen features
+    --task evaluate      a fine-tuned model on held-out images, on ImageNet-A, -R, -Sketch and -C, under corruptions
+
+Exit codes: 0 done; 1 on an error, or when all is done but the upload failed.
+"""
+
+import logging
+import math
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import set_seed
+from torch import nn
+from transformers import EvalPrediction, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from mimae import MIMAEConfig, MIMAEForImageClassification, MIMAEModel
+from mimae.data.augmentation import Mixing, Transform, finetuning_transform, mixing, normalized, probe_transform
+from mimae.data.classification import ClassificationEvaluationLoader, ClassificationLoader
+from mimae.data.processor import build_image_processor, channel_statistics
+from mimae.data.sources import ImageSource, open_image_source
+from mimae.data.subsets import SubsetSource, low_shot_indices, read_subset_file
+from mimae.data.transforms import Normalization, evaluation_transform
+from mimae.evaluation.corruptions import CorruptedTransform
+from mimae.evaluation.metrics import TopKAccuracy
+from mimae.evaluation.probes import knn_accuracies
+from mimae.evaluation.robustness import (
+    SEVERITIES,
+    RestrictedClassifier,
+    class_positions,
+    corruption_folders,
+    corruption_table,
+    imagenet_a_wnids,
+    imagenet_r_wnids,
+)
+from mimae.modeling_mimae import MIMAEPreTrainedModel
+from mimae.training.arguments import HubArguments, ModelArguments, RecipeError, parse_arguments
+from mimae.training.classification_arguments import ClassificationArguments, ClassificationDataArguments
+from mimae.training.classification_results import write_classification_results
+from mimae.training.classification_trainer import ClassificationTrainer
+from mimae.training.features import gather_features
+from mimae.training.linear_probe import LinearProbe, build_probe_lars, metrics_of_heads
+from mimae.training.metrics_log import MetricsLog
+from mimae.training.monitors import probe_indices
+from mimae.training.optimization import WarmupCosine, build_finetuning_adamw, schedule_as_lambda
+from mimae.training.processes import limit_cpu_threads, on_main_process, start_logging
+from mimae.training.publishing import claim_repository, publish
+from mimae.training.results import device_name
+from mimae.training.run_folder import claim_output_dir, clear_output_dir
+from mimae.training.warm_start import Checkpoint, UnfitCheckpointError
+
+logger = logging.getLogger("mimae")
+
+RECIPES = Path(__file__).parent / "recipes"
+LR_BASE_BATCH = 256
+PICTURED_IMAGES = 1000
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one task and returns the exit code.
+
+    Args:
+        argv: flags; None = the command line.
+
+    Raises:
+        ValueError and its kin, before training starts: a flag, recipe, checkpoint or data set that cannot be used.
+    """
+    groups = (ModelArguments, ClassificationDataArguments, ClassificationArguments, HubArguments)
+    (model_args, data_args, args, hub_args), model_fields, recipe = parse_arguments(
+        argv, groups, MIMAEConfig, default_recipe=RECIPES / "digits" / "finetune.yaml", description=__doc__
+    )
+    if hub_args.push_to_hub and not args.leaves_model:
+        raise RecipeError(f"--push_to_hub: --task {args.task} with these flags leaves no model to push")
+    output_dir = start_processes(args, recipe)
+    set_seed(args.seed)
+    repo_id = claim_repository(hub_args.push_to_hub, hub_args.hub_model_id, hub_args.hub_private_repo, output_dir)
+    run = ClassificationRun(model_args, data_args, args, model_fields, output_dir)
+    tasks = {"finetune": run.finetune, "linear_probe": run.linear_probe, "knn": run.knn, "evaluate": run.evaluate}
+    results = tasks[args.task]()
+    if not PartialState().is_main_process:
+        return 0
+    recipe_values = {**vars(model_args), **vars(data_args), **vars(args), **vars(hub_args), **model_fields}
+    facts = {**run.facts(), "recipe": recipe_values}
+    print(write_classification_results(output_dir, facts=facts, **results))
+    return publish(output_dir, repo_id, hub_args.hub_private_repo)
+
+
+def start_processes(args: ClassificationArguments, recipe: Path) -> Path:
+    """The run's folder, held by the main process; the first line of the log says how many processes there are."""
+    # the main one may be long at converting or listing a data set, and the others wait for it
+    PartialState(cpu=args.use_cpu, timeout=timedelta(hours=2))
+    limit_cpu_threads(args.cpu_threads)
+    start_logging(precision(args.mixed_precision))
+    resumes = args.resume_from_checkpoint is not None
+    output_dir = on_main_process(lambda: claim_output_dir(args.output_dir, recipe, args.overwrite_output_dir, resumes))
+    if args.overwrite_output_dir and not resumes:
+        on_main_process(lambda: clear_output_dir(output_dir))
+    return output_dir
+
+
+class ClassificationRun:
+    """The four tasks, on the checkpoint and the images that the flags name."""
+
+    def __init__(
+        self,
+        model_args: ModelArguments,
+        data_args: ClassificationDataArguments,
+        args: ClassificationArguments,
+        model_fields: Mapping[str, Any],
+        output_dir: Path,
+    ):
+        self.model_args, self.data_args, self.args = model_args, data_args, args
+        self.model_fields, self.output_dir = model_fields, output_dir
+        self.device = PartialState().device
+        path = model_args.model_name_or_path
+        self.checkpoint = None if path is None else Checkpoint(path)
+        config = self.config()
+        self.image_size, self.num_channels = config.image_size_2d, config.num_channels
+        known = self.checkpoint.channel_statistics() if self.checkpoint else (None, None)
+        self.mean, self.std = channel_statistics(
+            self.num_channels, args.image_mean or known[0], args.image_std or known[1]
+        )
+
+    # --- tasks: each returns what `write_classification_results` takes ----------------------------------------------
+
+    def finetune(self) -> dict[str, Any]:
+        """Trains the whole model, tests it and saves it in the run's folder."""
+        args = self.args
+        names = class_names(self.training_images)
+        model = self.load(MIMAEForImageClassification, self.config(numbered(names)))
+        transform = finetuning_transform(
+            self.image_size,
+            mean=self.mean,
+            std=self.std,
+            auto_augment=None if args.auto_augment == "none" else args.auto_augment,
+            random_erasing=args.random_erasing,
+            min_crop_scale=self.data_args.min_crop_scale,
+            horizontal_flip=self.data_args.horizontal_flip,
+        )
+        mixed = mixing(
+            len(names),
+            args.per_device_train_batch_size,
+            mixup=args.mixup,
+            cutmix=args.cutmix,
+            label_smoothing=args.label_smoothing,
+        )
+        loader, further = self.training_loader(transform, mixed), self.robustness_tests(names)
+        learning_rate = self.scaled(args.base_learning_rate)
+        optimizer = build_finetuning_adamw(
+            model,
+            learning_rate=learning_rate,
+            weight_decay=args.weight_decay,
+            layer_decay=args.layer_decay,
+            betas=(args.adam_beta1, args.adam_beta2),
+        )
+        trainer = self.trainer(
+            model, loader, optimizer, learning_rate, accuracy_of_classes, average_decay=args.ema_decay
+        )
+        metrics, classes, targets = self.train_and_test(trainer)
+        self.save(model)
+        return {
+            "metrics": metrics,
+            "robustness": {key: test(trainer) for key, test in further.items()},
+            "label_names": names,
+            "predictions": (targets, classes[:, 0]),
+            "features": self.pictured_features(model, names),
+        }
+
+    def linear_probe(self) -> dict[str, Any]:
+        """Trains linear classifiers on frozen features, one for each learning rate, and tests them."""
+        names = class_names(self.training_images)
+        encoder = self.load_encoder()
+        probe = LinearProbe(
+            encoder,
+            feature_size=encoder.config.hidden_size,
+            num_classes=len(names),
+            learning_rates=[self.scaled(rate) for rate in self.args.probe_learning_rates],
+            pooling=self.args.feature_pooling,
+        )
+        transform = probe_transform(
+            self.image_size,
+            mean=self.mean,
+            std=self.std,
+            min_crop_scale=self.data_args.min_crop_scale,
+            horizontal_flip=self.data_args.horizontal_flip,
+        )
+        trainer = self.trainer(
+            probe,
+            self.training_loader(transform, None),
+            build_probe_lars(probe),
+            max(probe.learning_rates),
+            metrics_of_heads(probe.learning_rates, accuracy_of_classes),
+        )
+        metrics, _, _ = self.train_and_test(trainer)
+        if self.args.leaves_model:
+            best = probe.as_linear(probe.learning_rates.index(metrics["best_learning_rate"]))
+            self.save(self.probing_classifier(encoder, best, names))
+        return {"metrics": metrics, "label_names": names, "features": self.pictured_features(encoder, names)}
+
+    def knn(self) -> dict[str, Any]:
+        """The weighted votes of the nearest training images."""
+        names = class_names(self.training_images)
+        encoder = self.load_encoder()
+        train, test = self.features(encoder, self.training_images), self.features(encoder, self.held_out_images, names)
+        accuracies = knn_accuracies(*train, *test, ks=self.args.knn_k, temperature=self.args.knn_temperature)
+        best = max(accuracies, key=accuracies.__getitem__)
+        by_k = {f"accuracy_k_{k}": accuracy for k, accuracy in accuracies.items()}
+        return {
+            "metrics": {"accuracy": accuracies[best], "best_k": best, **by_k},
+            "label_names": names,
+            "features": self.pictured_features(encoder, names),
+        }
+
+    def evaluate(self) -> dict[str, Any]:
+        """Tests a classifier on the held-out images, and on the sets and corruptions that the flags name."""
+        if self.checkpoint is None or not self.checkpoint.is_classifier:
+            raise UnfitCheckpointError(
+                f"{self.model_args.model_name_or_path} has no trained classifier: fine-tune it first, --task finetune"
+            )
+        config = self.config()
+        names = [config.id2label[i] for i in range(config.num_labels)]
+        model = self.load(MIMAEForImageClassification, config)
+        trainer, further = self.tester(model), self.robustness_tests(names)
+        metrics, classes, targets = trainer.test(self.evaluation_loader(self.held_out_images, names))
+        return {
+            "metrics": metrics,
+            "robustness": {key: test(trainer) for key, test in further.items()},
+            "label_names": names,
+            "predictions": (targets, classes[:, 0]),
+            "features": self.pictured_features(model, names),
+        }
+
+    def robustness_tests(self, names: Sequence[str]) -> dict[str, Callable[[ClassificationTrainer], dict[str, Any]]]:
+        """A test for each further set that the flags name: of a trainer's model, whose classes have these names.
+
+        The sets are opened here: what is wrong with one is told before anything is trained.
+        """
+        data_args, tests = self.data_args, {}
+        for key, wnids in (("imagenet_a", imagenet_a_wnids()), ("imagenet_r", imagenet_r_wnids())):
+            if folder := getattr(data_args, f"{key}_dir"):
+                loader = self.evaluation_loader(open_folder(folder), wnids)
+                tests[key] = partial(self.restricted_metrics, class_positions(wnids, names), loader)
+        if folder := data_args.imagenet_sketch_dir:
+            tests["imagenet_sketch"] = partial(metrics_on, self.evaluation_loader(open_folder(folder), names))
+        if folder := data_args.imagenet_c_dir:
+            cropped = evaluation_transform(self.image_size, crop_ratio=1)  # as the published images are
+            loaders = {
+                key: self.evaluation_loader(open_folder(images), names, cropped)
+                for key, images in corruption_folders(folder).items()
+            }
+            tests["imagenet_c"] = partial(corruption_errors, loaders, relative_to_alexnet=True)
+        if data_args.corruptions:
+            loaders = {
+                (corruption, severity): self.corrupted_loader(names, corruption, severity)
+                for corruption in data_args.corruptions
+                for severity in SEVERITIES
+            }
+            tests["corruptions"] = partial(corruption_errors, loaders, relative_to_alexnet=False)
+        return tests
+
+    def restricted_metrics(
+        self, positions: Sequence[int], loader: ClassificationEvaluationLoader, trainer: ClassificationTrainer
+    ) -> dict[str, float]:
+        """Metrics of a trainer's model among the classes at these positions alone."""
+        return metrics_on(loader, self.tester(RestrictedClassifier(trainer.model, positions)))
+
+    # --- images -----------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def training_images(self) -> ImageSource:
+        """The training split, or the part of it that the flags choose."""
+        data_args = self.data_args
+        with PartialState().main_process_first():
+            source = data_args.open_split(data_args.train_split)
+        if data_args.train_fraction is not None:
+            indices = low_shot_indices(source.labels(), data_args.train_fraction, self.args.seed, source.label_names)
+            return SubsetSource(source, indices)
+        if data_args.train_subset_file is not None:
+            return SubsetSource(source, read_subset_file(data_args.train_subset_file, source))
+        return source
+
+    @cached_property
+    def held_out_images(self) -> ImageSource:
+        """What is tested on.
+
+        Raises:
+            ValueError: there is nothing.
+        """
+        with PartialState().main_process_first():
+            source = self.data_args.open_held_out()
+        if source is None:
+            raise ValueError(
+                "there are no images to test on: give --validation_split, --validation_dir or --validation_files"
+            )
+        return source
+
+    def training_loader(self, transform: Transform, mixed: Mixing | None) -> ClassificationLoader:
+        """Training batches for this process."""
+        state = PartialState()
+        return ClassificationLoader(
+            self.training_images,
+            transform=transform,
+            num_channels=self.num_channels,
+            per_device_batch_size=self.args.per_device_train_batch_size,
+            mixing=mixed,
+            num_processes=state.num_processes,
+            process_index=state.process_index,
+            seed=self.args.seed,
+            num_workers=self.data_args.dataloader_num_workers,
+            shuffle_window=self.data_args.shuffle_window,
+            pin_memory=self.device.type == "cuda",
+        )
+
+    def evaluation_loader(
+        self, source: ImageSource, names: Sequence[str], transform: nn.Module | None = None
+    ) -> ClassificationEvaluationLoader:
+        """Test batches for this process; labels are places in `names`, and `transform` replaces the usual crop."""
+        state = PartialState()
+        transform = transform or self.evaluation_transform
+        return ClassificationEvaluationLoader(
+            source,
+            transform=normalized(transform, mean=self.mean, std=self.std),
+            num_channels=self.num_channels,
+            batch_size=self.args.per_device_eval_batch_size or self.args.per_device_train_batch_size,
+            label_map=label_map(source, names),
+            num_processes=state.num_processes,
+            process_index=state.process_index,
+            num_workers=self.data_args.dataloader_num_workers,
+            pin_memory=self.device.type == "cuda",
+        )
+
+    def corrupted_loader(self, names: Sequence[str], corruption: str, severity: int) -> ClassificationEvaluationLoader:
+        """The held-out images, corrupted on the fly."""
+        transform = CorruptedTransform(
+            self.image_size, corruption, severity, crop_ratio=self.args.evaluation_crop_ratio
+        )
+        return self.evaluation_loader(self.held_out_images, names, transform)
+
+    @property
+    def evaluation_transform(self) -> nn.Module:
+        return evaluation_transform(self.image_size, crop_ratio=self.args.evaluation_crop_ratio)
+
+    # --- models -----------------------------------------------------------------------------------------------------
+
+    def config(self, labels: Mapping[str, Any] | None = None, **overrides: Any) -> MIMAEConfig:
+        """The checkpoint's configuration, or that of the recipe alone, with the recipe's fields and these on top."""
+        fields, labels = {**self.model_fields, **overrides}, labels or {}
+        if self.checkpoint is not None:
+            return self.checkpoint.config(fields, **labels)
+        if self.model_args.preset is not None:
+            return MIMAEConfig.preset(self.model_args.preset, **fields, **labels)
+        if not self.model_fields:
+            raise ValueError("there is no model: give --model_name_or_path, or --preset to train one from scratch")
+        return MIMAEConfig(**fields, **labels)
+
+    def load(self, model_class: type[MIMAEPreTrainedModel], config: MIMAEConfig) -> MIMAEPreTrainedModel:
+        """The model with the checkpoint's weights, or with random ones."""
+        attention = self.model_args.attn_implementation
+        if self.checkpoint is not None and not self.args.untrained:
+            model = self.checkpoint.load(model_class, config, attention)
+        else:
+            logger.info("the model starts from random weights")
+            config._attn_implementation = attention
+            model = model_class(config)
+        if self.model_args.gradient_checkpointing:
+            model.gradient_checkpointing_enable()
+        return model
+
+    def load_encoder(self) -> MIMAEPreTrainedModel:
+        """What gives frozen features; its `pooler_output` is pooled as the flags say."""
+        model_class = self.checkpoint.encoder_class if self.checkpoint else MIMAEModel
+        return self.load(model_class, self.config(latent_pooling=self.args.feature_pooling))
+
+    def probing_classifier(
+        self, encoder: MIMAEPreTrainedModel, linear: nn.Linear, names: Sequence[str]
+    ) -> MIMAEForImageClassification:
+        """A frozen encoder and what a probe has learned on its class token, as one model."""
+        model = MIMAEForImageClassification(self.config(numbered(names), classifier_pooling="cls"))
+        model.base_model.load_state_dict(encoder.state_dict())
+        model.classifier.load_state_dict(linear.state_dict())
+        return model
+
+    def scaled(self, base_learning_rate: float) -> float:
+        """lr = base · images of a step / 256."""
+        args = self.args
+        batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * PartialState().num_processes
+        return base_learning_rate * batch / LR_BASE_BATCH
+
+    # --- training and testing ---------------------------------------------------------------------------------------
+
+    def trainer(
+        self,
+        model: nn.Module,
+        loader: ClassificationLoader,
+        optimizer: torch.optim.Optimizer,
+        learning_rate: float,
+        compute_metrics: Callable[[EvalPrediction], dict[str, float]],
+        **options: Any,
+    ) -> ClassificationTrainer:
+        """A Trainer with the schedule of all trainings here: linear warm-up, half-cosine, both per step.
+
+        Args:
+            learning_rate: the peak, of the optimiser's fastest group.
+        """
+        args = self.args
+        steps_per_epoch = math.ceil(len(loader) / args.gradient_accumulation_steps)
+        schedule = WarmupCosine(
+            peak=learning_rate,
+            final=min(args.min_learning_rate, learning_rate),
+            warmup_steps=round(args.warmup_epochs * steps_per_epoch),
+            total_steps=args.max_train_steps or max(1, round(args.num_train_epochs * steps_per_epoch)),
+        )
+        logger.info(
+            "%d steps, %d an epoch, on %d images; peak learning rate %.3g after %d steps",
+            schedule.total_steps,
+            steps_per_epoch,
+            len(self.training_images),
+            learning_rate,
+            schedule.warmup_steps,
+        )
+        return ClassificationTrainer(
+            model,
+            self.training_arguments(schedule.total_steps, steps_per_epoch),
+            train_loader=loader,
+            eval_loader=self.evaluation_loader(self.held_out_images, class_names(self.training_images)),
+            optimizers=(optimizer, schedule_as_lambda(optimizer, schedule)),
+            compute_metrics=compute_metrics,
+            callbacks=[MetricsLog],
+            **options,
+        )
+
+    def training_arguments(
+        self, total_steps: int, steps_per_epoch: int, eval_strategy: str = "steps"
+    ) -> TrainingArguments:
+        """Our flags in the words of transformers."""
+        args = self.args
+
+        def interval(steps: int | None, epochs: float) -> int:
+            return steps or max(1, round(epochs * steps_per_epoch))
+
+        return TrainingArguments(
+            output_dir=str(self.output_dir),
+            max_steps=total_steps,
+            per_device_train_batch_size=args.per_device_train_batch_size,
+            gradient_accumulation_steps=args.gradient_accumulation_steps,
+            max_grad_norm=args.max_grad_norm or 0.0,
+            eval_strategy=eval_strategy,
+            eval_steps=interval(args.evaluation_steps, args.evaluation_epochs),
+            save_strategy="steps",
+            save_steps=interval(args.checkpointing_steps, args.checkpointing_epochs),
+            save_total_limit=args.checkpoints_total_limit,
+            logging_steps=args.logging_steps,
+            logging_nan_inf_filter=False,
+            report_to=args.report_to.split(","),
+            disable_tqdm=True,
+            seed=args.seed,
+            use_cpu=args.use_cpu,
+            bf16=precision(args.mixed_precision) == "bf16",
+            fp16=precision(args.mixed_precision) == "fp16",
+            torch_compile=args.torch_compile,
+            ddp_find_unused_parameters=False,
+            remove_unused_columns=False,
+            label_names=["labels"],
+        )
+
+    def train_and_test(self, trainer: ClassificationTrainer) -> tuple[dict[str, float], np.ndarray, np.ndarray]:
+        """Trains, from a checkpoint of the run's folder if the flags say so, and tests what came of it."""
+        resume = self.args.resume_from_checkpoint
+        if resume == "latest" and (resume := get_last_checkpoint(self.output_dir)) is None:
+            raise ValueError(f"{self.output_dir} holds no checkpoint to resume from")
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer.test(trainer.eval_dataset)
+
+    def tester(self, model: nn.Module) -> ClassificationTrainer:
+        """A Trainer that trains nothing."""
+        return ClassificationTrainer(
+            model,
+            self.training_arguments(total_steps=1, steps_per_epoch=1, eval_strategy="no"),
+            compute_metrics=accuracy_of_classes,
+        )
+
+    def features(
+        self,
+        model: nn.Module,
+        source: ImageSource,
+        names: Sequence[str] | None = None,
+        indices: np.ndarray | None = None,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Features (n, D) and labels (n,) of images, all by default; labels are places in `names`, or as they are."""
+        features, labels = gather_features(
+            model.to(self.device),
+            source,
+            np.arange(len(source)) if indices is None else indices,
+            normalize=Normalization(self.mean, self.std, self.device),
+            read={
+                "transform": self.evaluation_transform,
+                "num_channels": self.num_channels,
+                "batch_size": self.args.per_device_eval_batch_size or self.args.per_device_train_batch_size,
+                "num_workers": self.data_args.dataloader_num_workers,
+            },
+        )
+        places = None if names is None else label_map(source, names)
+        return features, labels if places is None else places[labels]
+
+    def pictured_features(self, model: nn.Module, names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Features and labels of a part of the held-out images, for their map."""
+        return self.features(model, self.held_out_images, names, probe_indices(self.held_out_images, PICTURED_IMAGES))
+
+    # --- what is kept -----------------------------------------------------------------------------------------------
+
+    def save(self, model: MIMAEForImageClassification) -> None:
+        """The model and its image processor, in the run's folder."""
+        if PartialState().is_main_process:
+            model.save_pretrained(self.output_dir)
+            build_image_processor(self.image_size, self.mean, self.std).save_pretrained(self.output_dir)
+
+    def facts(self) -> dict[str, Any]:
+        """What was done, to what, and on which machine."""
+        state, data_args = PartialState(), self.data_args
+        return {
+            "task": self.args.task,
+            "model": self.model_args.model_name_or_path or self.model_args.preset or "a model of the recipe's sizes",
+            "untrained": self.args.untrained,
+            "dataset": data_args.dataset_name
+            or ("local images" if data_args.train_dir or data_args.data_files else "digits"),
+            "training_images": None if self.args.task == "evaluate" else len(self.training_images),
+            "test_images": len(self.held_out_images),
+            "seed": self.args.seed,
+            "hardware": {"device": device_name(state.device), "processes": state.num_processes},
+        }
+
+
+def precision(mixed_precision: str | None) -> str:
+    """The flag's, or what `accelerate launch` and its configuration say."""
+    return mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+
+
+def class_names(source: ImageSource) -> list[str]:
+    """A name for each class of the images: theirs, or their numbers.
+
+    Raises:
+        ValueError: the images have no labels.
+    """
+    if source.label_names is not None:
+        return list(source.label_names)
+    return [str(label) for label in range(source.labels().max() + 1)]
+
+
+def numbered(names: Sequence[str]) -> dict[str, Any]:
+    """`id2label` and `label2id` of a configuration."""
+    return {"id2label": dict(enumerate(names)), "label2id": {name: label for label, name in enumerate(names)}}
+
+
+def label_map(source: ImageSource, names: Sequence[str]) -> np.ndarray | None:
+    """The place in `names` of each label of the images; None where they have no names of their own, or the same."""
+    if source.label_names is None or list(source.label_names) == list(names):
+        return None
+    return np.array(class_positions(source.label_names, names))
+
+
+def metrics_on(loader: ClassificationEvaluationLoader, trainer: ClassificationTrainer) -> dict[str, float]:
+    """Metrics of a trainer's model on other images."""
+    metrics, _, _ = trainer.test(loader)
+    return metrics
+
+
+def corruption_errors(
+    loaders: Mapping[tuple[str, int], ClassificationEvaluationLoader],
+    trainer: ClassificationTrainer,
+    *,
+    relative_to_alexnet: bool,
+) -> dict[str, Any]:
+    """The `corruption_table` of a trainer's model, from images by corruption and severity."""
+    errors = {}
+    for (corruption, severity), loader in loaders.items():
+        errors[corruption, severity] = 1 - metrics_on(loader, trainer)["accuracy"]
+        logger.info("%s %d: %.1f %% wrong", corruption, severity, 100 * errors[corruption, severity])
+    return corruption_table(errors, relative_to_alexnet=relative_to_alexnet)
+
+
+def accuracy_of_classes(prediction: EvalPrediction) -> dict[str, float]:
+    """Top-1 and top-5 accuracy of ranked classes (n, 5)."""
+    return TopKAccuracy().compute(predictions=prediction.predictions, references=prediction.label_ids)
+
+
+def open_folder(folder: str) -> ImageSource:
+    """A folder with one folder of images for each class."""
+    return open_image_source(train_dir=folder)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,123 @@
+"""Recipes of run_image_classification.py: every ViT cell of Tables 1, 4 and 5, each comparable with the next."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from mimae import MIMAEConfig, MIMAEForImageClassification
+from mimae.run_image_classification import RECIPES
+from mimae.training.arguments import HubArguments, ModelArguments, parse_arguments, read_recipe
+from mimae.training.classification_arguments import ClassificationArguments, ClassificationDataArguments
+
+ALL_RECIPES = sorted(path for path in RECIPES.rglob("*.yaml") if "task" in read_recipe(path))
+IMAGENET = RECIPES / "imagenet" / "classification"
+GROUPS = (ModelArguments, ClassificationDataArguments, ClassificationArguments, HubArguments)
+TRAINING_IMAGES, ONE_PERCENT, VALIDATION_IMAGES, IMAGENET_A_IMAGES = 1_281_167, 12_811, 50_000, 7_500
+# (FT, LIN, FT1%) of Tables 1 and 4
+CLAIMS = {
+    "mae_vit_base_800e": (83.3, 65.6, 45.4),
+    "mimae_vit_base_200e": (83.9, 67.9, 48.2),
+    "mae_vit_base_1600e": (83.6, 68.0, 51.1),
+    "mimae_vit_base_400e": (84.1, 69.3, 52.3),
+    "mae_vit_small_800e": (78.4, 50.5, None),
+    "mimae_vit_small_200e": (79.8, 53.1, None),
+}
+TASKS = ("finetune", "linear_probe", "finetune_1percent")
+CELLS = [
+    (model, task, claim)
+    for model, claims in CLAIMS.items()
+    for task, claim in zip(TASKS, claims, strict=True)
+    if claim is not None
+]
+
+
+def parse(recipe: Path):
+    """(model, data, classification arguments), the model configuration's fields."""
+    (model_args, data_args, args, _), fields, _ = parse_arguments(
+        ["--config", str(recipe)], GROUPS, MIMAEConfig, recipe, "test"
+    )
+    return model_args, data_args, args, fields
+
+
+def forward_flop(model_name: str) -> int:
+    """Of one image of 224 px through a classifier of 1,000 classes."""
+    preset = "vit-small" if "small" in model_name else "vit-base"
+    with torch.device("meta"):
+        model = MIMAEForImageClassification(MIMAEConfig.preset(preset, num_labels=1000))
+        pixel_values = torch.empty(1, 3, 224, 224)
+    with FlopCounterMode(display=False) as counter:
+        model(pixel_values)
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("recipe", ALL_RECIPES, ids=lambda path: str(path.relative_to(RECIPES)))
+def test_recipe_is_well_typed_and_says_what_it_is(recipe):
+    model_args, _, args, fields = parse(recipe)
+    header = recipe.read_text().split("\n\n")[0]
+    for part in ("Claim:", "Cost:", "Command:"):
+        assert part in header
+    assert str(recipe.relative_to(RECIPES)) in header or recipe == RECIPES / "digits" / "finetune.yaml"
+    assert model_args.model_name_or_path.startswith("outputs/")
+    assert set(fields) <= {"drop_path_rate"}
+    assert fields.get("drop_path_rate", 0) == (0.1 if args.task == "finetune" else 0)
+
+
+@pytest.mark.parametrize(("model", "task", "claim"), CELLS)
+def test_every_cell_of_tables_1_and_4_has_a_recipe_that_claims_and_costs_what_it_should(model, task, claim):
+    recipe = IMAGENET / f"{model}_{task}.yaml"
+    model_args, _, args, _ = parse(recipe)
+    assert args.task == task.removesuffix("_1percent")
+    assert model_args.model_name_or_path == f"outputs/imagenet-{model}"
+    assert (RECIPES / "imagenet" / f"{model}.yaml").exists()
+    header = recipe.read_text().split("\n\n")[0]
+    assert re.search(rf"Claim: +{claim} % \(Tables? ", header)
+    images = (ONE_PERCENT if task == "finetune_1percent" else TRAINING_IMAGES) * args.num_train_epochs
+    passes = 1 if task == "linear_probe" else 3
+    assert f"{images:.2e} images, {images * passes * forward_flop(model):.1e} FLOP" in header
+
+
+@pytest.mark.parametrize(
+    ("model", "claims"), [("mae_vit_base_800e", (35.9, 51.7)), ("mimae_vit_base_200e", (37.4, 49.5))]
+)
+def test_every_cell_of_table_5_has_a_recipe(model, claims):
+    recipe = IMAGENET / f"{model}_robustness.yaml"
+    model_args, data_args, args, _ = parse(recipe)
+    assert args.task == "evaluate"
+    assert data_args.imagenet_a_dir is not None
+    assert data_args.imagenet_c_dir is not None
+    assert model_args.model_name_or_path == f"outputs/classification-{model}_finetune"
+    header = recipe.read_text().split("\n\n")[0]
+    assert f"{claims[0]} % / {claims[1]} mCE" in header
+    images = VALIDATION_IMAGES * 76 + IMAGENET_A_IMAGES
+    assert f"{images:.2e} images, {images * forward_flop(model):.1e} FLOP" in header
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_methods_that_are_compared_differ_in_their_checkpoint_alone(task):
+    recipes = [read_recipe(IMAGENET / f"{model}_{name}.yaml") for model, name, _ in CELLS if name == task]
+    for recipe in recipes:
+        recipe.pop("model_name_or_path")
+    assert all(recipe == recipes[0] for recipe in recipes)
+
+
+def test_batches_and_rates_are_those_of_the_papers():
+    finetune = parse(IMAGENET / "mimae_vit_base_200e_finetune.yaml")[2]
+    assert 8 * finetune.per_device_train_batch_size == 1024
+    assert (finetune.base_learning_rate, finetune.layer_decay, finetune.num_train_epochs) == (1e-3, 0.75, 100)
+    assert (finetune.mixup, finetune.cutmix, finetune.label_smoothing, finetune.random_erasing) == (
+        0.8,
+        1.0,
+        0.1,
+        0.25,
+    )
+    official = parse(IMAGENET / "mimae_vit_base_200e_finetune_official.yaml")[2]
+    assert (official.base_learning_rate, official.layer_decay) == (5e-4, 0.65)
+    probe = parse(IMAGENET / "mimae_vit_base_200e_linear_probe.yaml")[2]
+    assert 8 * probe.per_device_train_batch_size == 16_384
+    assert (probe.num_train_epochs, probe.warmup_epochs, probe.feature_pooling) == (90, 10, "cls")
+    assert 0.1 * 16_384 / 256 in [rate * 16_384 / 256 for rate in probe.probe_learning_rates]
+    low_shot = parse(IMAGENET / "mimae_vit_base_200e_finetune_1percent.yaml")[2]
+    assert ONE_PERCENT // low_shot.per_device_train_batch_size >= 100

@@ -1,0 +1,351 @@
+"""run_image_classification.py, task by task, on tiny models: what it leaves, resumes, counts and refuses."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from loopback_hub import Account, LoopbackHub
+from PIL import Image
+from runs import ROOT, TINY_MODEL, pretrain, write_shards
+from safetensors.torch import load_file
+from sklearn.datasets import load_digits
+
+from mimae import MIMAEConfig, MIMAEForImageClassification
+from mimae.data.sources import open_digits
+from mimae.evaluation.robustness import CORRUPTIONS, imagenet_a_wnids, imagenet_wnids
+from mimae.run_image_classification import RECIPES, main
+from mimae.training.arguments import RecipeError
+from mimae.training.warm_start import Checkpoint, UnfitCheckpointError
+
+SCRIPT = ROOT / "run_image_classification.py"
+TOKEN = "hf_" + "Secret" * 6
+SHORT = {
+    "cpu_threads": 1,
+    "per_device_train_batch_size": 128,
+    "evaluation_crop_ratio": 1.0,
+    "report_to": "none",
+    "logging_steps": 1,
+    "warmup_epochs": 0,
+}
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory) -> Path:
+    """A pre-training checkpoint of a few steps."""
+    folder = tmp_path_factory.mktemp("runs") / "pretrained"
+    assert pretrain(folder, max_train_steps=3, probe_samples=0) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def classifier(pretrained) -> Path:
+    """A fine-tuned one."""
+    folder = pretrained.parent / "classifier"
+    run("finetune", pretrained, folder, max_train_steps=8)
+    return folder
+
+
+def flags(task: str, model, output_dir, *extra: str, **values) -> list[str]:
+    argv = ["--config", str(RECIPES / "digits" / "finetune.yaml"), "--use_cpu", "--task", task]
+    for name, value in {**SHORT, "model_name_or_path": model, "output_dir": output_dir, **values}.items():
+        argv += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
+    return [*argv, *extra]
+
+
+def run(task: str, model, output_dir, *extra: str, **values) -> dict:
+    """Runs in this process and returns what results.json holds."""
+    assert main(flags(task, model, output_dir, *extra, **values)) == 0
+    return json.loads((Path(output_dir) / "results.json").read_text())
+
+
+def logged(folder: Path, name: str) -> dict[int, float]:
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return {line["step"]: line[name] for line in lines if name in line}
+
+
+def write_classes(folder: Path, classes: dict[str, int]) -> Path:
+    """A folder with this many images, noise, for each class."""
+    random = np.random.default_rng(0)
+    for name, count in classes.items():
+        (folder / name).mkdir(parents=True)
+        for index in range(count):
+            pixels = random.integers(0, 256, (20, 20, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{name}_{index}.png")
+    return folder
+
+
+# --- the tasks ------------------------------------------------------------------------------------------------------
+
+
+def test_fine_tuning_leaves_a_model_its_results_and_pictures(classifier):
+    results = json.loads((classifier / "results.json").read_text())
+    assert results["task"] == "finetune"
+    assert results["seed"] == 0
+    assert results["test_images"] == 360
+    assert results["recipe"]["layer_decay"] == 0.75
+    assert results["hardware"]["processes"] == 1
+    assert set(results["metrics"]) == {"accuracy", "top5_accuracy", "loss"}
+    assert results["metrics"]["accuracy"] * 360 == pytest.approx(round(results["metrics"]["accuracy"] * 360))
+    assert logged(classifier, "eval_accuracy")[8] == results["metrics"]["accuracy"]
+    for name in ("curves.png", "confusion_matrix.png", "features.png", "README.md", "preprocessor_config.json"):
+        assert (classifier / name).exists(), name
+    model = MIMAEForImageClassification.from_pretrained(classifier)
+    assert list(model.config.id2label.values()) == list("0123456789")
+
+
+def test_evaluating_a_fine_tuned_model_gives_what_fine_tuning_reported(classifier, tmp_path):
+    expected = json.loads((classifier / "results.json").read_text())["metrics"]
+    results = run("evaluate", classifier, tmp_path / "run")
+    assert results["metrics"] == pytest.approx(expected, rel=1e-6)
+    # and what scikit-learn's digits say by hand
+    checkpoint = Checkpoint(str(classifier))
+    model = checkpoint.load(MIMAEForImageClassification, checkpoint.config({})).eval()
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+    assert model.config.num_labels == len(load_digits().target_names)
+
+
+def test_corrupted_images_are_tested_by_corruption_and_severity(classifier, tmp_path):
+    results = run("evaluate", classifier, tmp_path / "run", corruptions=["pixelate"])
+    table = results["robustness"]["corruptions"]
+    assert list(table["per_corruption"]) == ["pixelate"]
+    assert len(table["per_corruption"]["pixelate"]["error_by_severity"]) == 5
+    assert "mce" not in table  # AlexNet's errors are of ImageNet-C
+
+
+def test_a_probe_trains_all_learning_rates_and_keeps_the_best_as_a_classifier(pretrained, tmp_path):
+    rates = [1.0, 100.0]
+    results = run("linear_probe", pretrained, tmp_path / "run", max_train_steps=8, probe_learning_rates=rates)
+    metrics = results["metrics"]
+    by_rate = {rate: metrics[f"accuracy_lr_{rate:g}"] for rate in (0.5, 50.0)}  # base · 128 / 256
+    assert metrics["accuracy"] == max(by_rate.values())
+    assert by_rate[metrics["best_learning_rate"]] == metrics["accuracy"]
+
+    again = run("evaluate", tmp_path / "run", tmp_path / "evaluated")
+    assert again["metrics"]["accuracy"] == pytest.approx(metrics["accuracy"], abs=1 / 360)
+    encoder = load_file(pretrained / "model.safetensors")
+    kept = load_file(tmp_path / "run" / "model.safetensors")
+    assert all(torch.equal(kept[name], encoder[name]) for name in kept if name.startswith("vit."))
+
+
+def test_neighbours_vote_for_every_k_and_the_untrained_control_differs(pretrained, tmp_path):
+    results = run("knn", pretrained, tmp_path / "trained", knn_k=[1, 20])
+    control = run("knn", pretrained, tmp_path / "untrained", "--untrained", knn_k=[1, 20])
+    assert {"accuracy_k_1", "accuracy_k_20"} <= set(results["metrics"])
+    assert control["untrained"] is True
+    assert control["metrics"] != results["metrics"]
+
+
+def test_a_seed_fixes_the_result_bit_for_bit(classifier, pretrained, tmp_path):
+    run("finetune", pretrained, tmp_path / "again", max_train_steps=8, dataloader_num_workers=2)
+    first, second = (load_file(folder / "model.safetensors") for folder in (classifier, tmp_path / "again"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_resumed_fine_tuning_equals_an_uninterrupted_one(classifier, pretrained, tmp_path):
+    # 11 steps an epoch; the schedule is that of 8 steps in both
+    folder = tmp_path / "run"
+    run("finetune", pretrained, folder, max_train_steps=8, checkpointing_steps=3)
+    for name in ("model.safetensors", "results.json"):
+        (folder / name).unlink()
+    run("finetune", pretrained, folder, "--resume_from_checkpoint", str(folder / "checkpoint-3"), max_train_steps=8)
+    first, second = (load_file(path / "model.safetensors") for path in (classifier, folder))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert logged(folder, "loss") == logged(classifier, "loss")
+
+
+def test_streamed_shards_train_as_the_same_rows_converted(pretrained, tmp_path):
+    files = write_shards(tmp_path / "shards")
+    one = {"data_files": [files], "validation_files": [files], "max_train_steps": 4, "shuffle_window": 10_000}
+    run("finetune", pretrained, tmp_path / "streamed", "--streaming", **one)
+    results = run("finetune", pretrained, tmp_path / "low", "--streaming", train_fraction=0.2, **one)
+    assert results["test_images"] == 1797
+    assert logged(tmp_path / "streamed", "loss").keys() == {1, 2, 3, 4}
+
+
+def test_low_shot_training_takes_a_fraction_of_each_class(pretrained, tmp_path):
+    results = run("knn", pretrained, tmp_path / "run", train_fraction=0.1)
+    counts = np.bincount(open_digits("train").labels())
+    assert results["training_images"] == sum(max(1, round(0.1 * count)) for count in counts)
+    assert results["recipe"]["train_fraction"] == 0.1
+
+
+def test_averaged_weights_are_what_is_tested_and_kept(pretrained, classifier, tmp_path):
+    run("finetune", pretrained, tmp_path / "run", max_train_steps=8, ema_decay=0.9)
+    averaged, plain = (load_file(path / "model.safetensors") for path in (tmp_path / "run", classifier))
+    assert not torch.equal(averaged["classifier.weight"], plain["classifier.weight"])
+    expected = json.loads((tmp_path / "run" / "results.json").read_text())["metrics"]["accuracy"]
+    assert run("evaluate", tmp_path / "run", tmp_path / "test")["metrics"]["accuracy"] == pytest.approx(expected)
+
+
+# --- ImageNet's offspring, with images of noise ---------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def imagenet_classifier(tmp_path_factory) -> Path:
+    """A random model with ImageNet's 1,000 labels, in words as on the Hub."""
+    folder = tmp_path_factory.mktemp("imagenet") / "model"
+    words = {"id2label": {i: f"class number {i}" for i in range(1000)}}
+    words["label2id"] = {name: i for i, name in words["id2label"].items()}
+    torch.manual_seed(0)
+    model = MIMAEForImageClassification(MIMAEConfig(**TINY_MODEL, **words))
+    torch.nn.init.normal_(model.classifier.weight)
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_imagenet_a_is_judged_among_its_200_classes(imagenet_classifier, tmp_path):
+    wnids = imagenet_a_wnids()[:3]
+    images = write_classes(tmp_path / "a", dict.fromkeys(wnids, 4))
+    results = run("evaluate", imagenet_classifier, tmp_path / "run", validation_dir=images, imagenet_a_dir=images)
+    model = MIMAEForImageClassification.from_pretrained(imagenet_classifier).eval()
+    allowed = [imagenet_wnids().index(wnid) for wnid in imagenet_a_wnids()]
+    hits = {"all": [], "restricted": []}
+    for wnid in wnids:
+        for path in sorted((images / wnid).iterdir()):
+            pixels = torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1)
+            pixels = torch.nn.functional.interpolate(pixels[None].float(), 16, mode="bicubic", antialias=True)
+            pixels = pixels.round().clamp(0, 255) / 255
+            mean, std = (torch.tensor(v).view(-1, 1, 1) for v in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
+            with torch.no_grad():
+                logits = model((pixels - mean) / std).logits[0]
+            label = imagenet_wnids().index(wnid)
+            hits["all"].append(int(logits.argmax()) == label)
+            hits["restricted"].append(allowed[int(logits[allowed].argmax())] == label)
+    assert results["metrics"]["accuracy"] == pytest.approx(np.mean(hits["all"]))
+    assert results["robustness"]["imagenet_a"]["accuracy"] == pytest.approx(np.mean(hits["restricted"]))
+
+
+def test_imagenet_c_has_a_table_and_an_mce(imagenet_classifier, tmp_path):
+    classes = dict.fromkeys(imagenet_wnids()[:2], 1)
+    for corruption in CORRUPTIONS:
+        for severity in range(1, 6):
+            write_classes(tmp_path / "c" / corruption / str(severity), classes)
+    clean = write_classes(tmp_path / "clean", classes)
+    results = run(
+        "evaluate", imagenet_classifier, tmp_path / "run", validation_dir=clean, imagenet_c_dir=tmp_path / "c"
+    )
+    table = results["robustness"]["imagenet_c"]
+    assert table["mce"] == pytest.approx(np.mean([row["relative_error"] for row in table["per_corruption"].values()]))
+    assert set(table["per_corruption"]) == set(CORRUPTIONS)
+
+
+# --- processes ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("task", "model"), [("evaluate", "classifier"), ("finetune", "pretrained")])
+def test_two_processes_do_what_one_does(task, model, request, classifier, pretrained, tmp_path):
+    source = request.getfixturevalue(model)
+    # dropped paths are drawn by each process for itself
+    values = {"max_train_steps": 3, "per_device_train_batch_size": 64, "drop_path_rate": 0.0, "mixup": 0, "cutmix": 0}
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [sys.executable, *launcher, str(SCRIPT), *flags(task, source, tmp_path / "two", **values)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-4000:]
+    assert "world size 2" in result.stderr
+    two = json.loads((tmp_path / "two" / "results.json").read_text())
+    assert two["hardware"]["processes"] == 2
+    one = run(task, source, tmp_path / "one", **{**values, "per_device_train_batch_size": 128})
+    assert two["metrics"]["accuracy"] == pytest.approx(
+        one["metrics"]["accuracy"], abs=1e-9 if task == "evaluate" else 0.01
+    )
+    assert two["metrics"]["loss"] == pytest.approx(one["metrics"]["loss"], rel=1e-4)
+
+
+# --- the Hub --------------------------------------------------------------------------------------------------------
+
+
+def push_run(task: str, hub: LoopbackHub, output_dir: Path, source: Path, home: Path) -> subprocess.CompletedProcess:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    environment |= {"HF_ENDPOINT": hub.endpoint, "HF_TOKEN": TOKEN, "HF_HOME": str(home), "OMP_NUM_THREADS": "1"}
+    argv = flags(task, source, output_dir, "--push_to_hub", "--hub_model_id", "someone/tuned", max_train_steps=2)
+    command = [sys.executable, str(SCRIPT), *argv]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def test_a_run_pushes_its_model_and_tells_nobody_the_token(pretrained, tmp_path):
+    with LoopbackHub({TOKEN: Account("someone")}) as hub:
+        result = push_run("finetune", hub, tmp_path / "run", pretrained, tmp_path / "home")
+        assert result.returncode == 0, result.stderr[-3000:]
+        assert {"config.json", "model.safetensors", "README.md", "results.json"} <= hub.files("someone/tuned").keys()
+        assert not any(TOKEN.encode() in content for content in hub.files("someone/tuned").values())
+    assert TOKEN not in result.stdout + result.stderr
+    for path in (tmp_path / "run").rglob("*"):
+        assert path.is_dir() or TOKEN.encode() not in path.read_bytes(), path
+
+
+def test_a_token_that_may_not_write_is_refused_before_anything_is_trained(pretrained, tmp_path):
+    with LoopbackHub({TOKEN: Account("someone", may_write=False)}) as hub:
+        result = push_run("finetune", hub, tmp_path / "run", pretrained, tmp_path / "home")
+    assert result.returncode == 1
+    assert "someone/tuned" in result.stderr.splitlines()[-1]
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+# --- what is refused ------------------------------------------------------------------------------------------------
+
+
+def test_a_task_that_leaves_no_model_is_not_pushed(pretrained, tmp_path):
+    with pytest.raises(RecipeError, match="knn with these flags leaves no model"):
+        main(flags("knn", pretrained, tmp_path / "run", "--push_to_hub"))
+
+
+def test_only_a_classifier_can_be_evaluated(pretrained, tmp_path):
+    with pytest.raises(UnfitCheckpointError, match="no trained classifier: fine-tune it first"):
+        main(flags("evaluate", pretrained, tmp_path / "run"))
+
+
+def test_images_of_classes_that_the_model_does_not_know_are_refused_by_name(classifier, tmp_path):
+    images = write_classes(tmp_path / "animals", {"3": 1, "zebra": 1})
+    with pytest.raises(ValueError, match="zebra"):
+        main(flags("evaluate", classifier, tmp_path / "run", validation_dir=images))
+
+
+def test_other_channels_than_the_checkpoints_are_refused(pretrained, tmp_path):
+    with pytest.raises(UnfitCheckpointError, match="num_channels: 3 there, 1 in the recipe"):
+        main(flags("finetune", pretrained, tmp_path / "run", num_channels=1))
+
+
+def test_fewer_images_than_a_step_takes_are_refused(pretrained, tmp_path):
+    with pytest.raises(ValueError, match=r"10 training images are fewer than one global batch of 128"):
+        main(flags("finetune", pretrained, tmp_path / "run", train_fraction=0.001))
+
+
+def test_a_folder_that_is_no_imagenet_c_is_refused_before_it_is_read(classifier, tmp_path):
+    with pytest.raises(ValueError, match="no ImageNet-C"):
+        main(flags("evaluate", classifier, tmp_path / "run", imagenet_c_dir=write_classes(tmp_path / "x", {"a": 1})))
+
+
+def test_files_without_held_out_images_are_refused(pretrained, tmp_path):
+    files = write_shards(tmp_path / "shards")
+    with pytest.raises(ValueError, match="no images to test on: give --validation_split"):
+        main(flags("knn", pretrained, tmp_path / "run", data_files=[files]))
+
+
+def test_a_checkpoint_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(UnfitCheckpointError, match="nowhere"):
+        main(flags("finetune", tmp_path / "nowhere", tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("train_fraction", 0),
+        ("train_fraction", 1.5),
+        ("layer_decay", 0),
+        ("label_smoothing", 1),
+        ("random_erasing", 2),
+        ("ema_decay", 1.0),
+        ("knn_k", [0]),
+        ("probe_learning_rates", [-1.0]),
+        ("corruptions", ["rain"]),
+    ],
+)
+def test_a_flag_out_of_range_is_refused_by_name(name, value, tmp_path):
+    with pytest.raises(ValueError, match=name):
+        main(flags("finetune", "unused", tmp_path / "run", **{name: value}))

@@ -1,0 +1,95 @@
+"""docs/walkthrough.md, command by command, on a Hub of this machine; shortened, but with every process a real one."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from loopback_hub import Account, LoopbackHub
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = (ROOT / "docs" / "walkthrough.md").read_text(encoding="utf-8")
+TOKEN = "hf_" + "Walker" * 6
+TRAINING = ["--max_train_steps", "6", "--report_to", "none", "--logging_steps", "2", "--cpu_threads", "1"]
+# what makes a command short; the page's own flags stay
+SHORTER = {
+    "run_mim_pretrain.py": [*TRAINING, "--probe_samples", "200"],
+    "knn.yaml": ["--cpu_threads", "1"],
+    "linear_probe.yaml": TRAINING,
+    "finetune.yaml": TRAINING,
+    "robustness.yaml": ["--corruptions", "gaussian_noise", "contrast", "--cpu_threads", "1"],
+}
+WITHOUT_THE_PACKAGE = """
+import sys
+
+sys.modules["mimae"] = None  # an editable install must not help
+{snippet}
+import torch
+
+image = torch.randn(2, 3, 16, 16)
+tokens = encoder.eval()(image).last_hidden_state
+torch.testing.assert_close(backbone.eval()(image).last_hidden_state, tokens, rtol=1e-5, atol=1e-5)
+assert type(encoder).__module__.startswith("transformers_modules.")
+assert sorted(answer["label"] for answer in classify("digit.png", top_k=10)) == list("0123456789")
+"""
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", PAGE, flags=re.DOTALL)
+
+
+def commands() -> list[list[str]]:
+    """The page's commands with this Python, small enough for a test."""
+    found = []
+    for line in "".join(blocks("bash")).splitlines():
+        words = shlex.split(line.replace("YOU/", "someone/"))
+        shorter = next((flags for mark, flags in SHORTER.items() if mark in line), [])
+        launcher = [sys.executable]
+        if words[0] == "accelerate":
+            launcher += ["-m", "accelerate.commands.launch", "--num_processes", "1"]
+        skipped = 2 if words[0] == "accelerate" else 1
+        found.append([*launcher, *words[skipped:], *shorter])
+    return found
+
+
+@pytest.fixture
+def environment(tmp_path):
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
+    with LoopbackHub({TOKEN: Account("someone")}) as hub:
+        yield inherited | {
+            "HF_ENDPOINT": hub.endpoint,
+            "HF_HOME": str(tmp_path / "home"),
+            "HF_TOKEN": TOKEN,
+            "NO_PROXY": "127.0.0.1",
+            "OMP_NUM_THREADS": "1",
+        }
+
+
+def run(command: list[str], folder: Path, environment: dict[str, str]) -> str:
+    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, f"{shlex.join(command)}\n{result.stdout[-2000:]}\n{result.stderr[-4000:]}"
+    return result.stdout + result.stderr
+
+
+def test_the_walkthrough_leads_from_nothing_to_the_hub_and_back(tmp_path, environment):
+    for name in ("recipes", "run_mim_pretrain.py", "run_image_classification.py"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    said = [run(command, tmp_path, environment) for command in commands()]
+
+    for task in ("knn", "knn-untrained", "linear_probe", "finetune", "robustness"):
+        assert (tmp_path / "outputs" / f"digits-{task}" / "results.json").exists()
+    assert "gaussian noise" in said[5]
+    assert {path.name for path in (tmp_path / "exports").iterdir()} == {"vit", "timm.safetensors", "mae.pth", "mimae"}
+    assert "pushed" in said[-1]
+    assert TOKEN not in "".join(said)
+
+    digit = "from PIL import Image; Image.effect_noise((8, 8), 64).save('digit.png')"
+    (tmp_path / "elsewhere").mkdir()
+    clean = {name: value for name, value in environment.items() if name not in ("PYTHONPATH", "HF_TOKEN")}
+    clean["HF_HOME"] = str(tmp_path / "elsewhere" / "home")
+    (snippet,) = (block.replace("YOU/", "someone/") for block in blocks("python"))
+    script = f"{digit}\n{WITHOUT_THE_PACKAGE.format(snippet=snippet)}"
+    run([sys.executable, "-c", script], tmp_path / "elsewhere", clean)

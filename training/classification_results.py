@@ -1,0 +1,79 @@
+"""What a finished classification run leaves for people: `results.json`, pictures, a card, a few lines."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..evaluation.pictures import save_confusion_matrix, save_feature_map
+from ..evaluation.robustness import corruption_markdown
+from ..hub.model_card import write_classification_card
+from .checkpoints import write_json
+from .curves import CLASSIFICATION_PANELS, save_curves
+from .metrics_log import FILE_NAME
+from .results import package_versions, source_commit
+
+RESULTS_FILE = "results.json"
+PICTURES = ("curves.png", "confusion_matrix.png", "features.png")
+MOST_CLASSES = 1000  # of a confusion matrix
+CORRUPTION_TABLES = ("imagenet_c", "corruptions")
+
+
+def write_classification_results(
+    output_dir: Path,
+    *,
+    facts: Mapping[str, Any],
+    metrics: Mapping[str, float],
+    label_names: Sequence[str],
+    robustness: Mapping[str, Any] | None = None,
+    predictions: tuple[np.ndarray, np.ndarray] | None = None,
+    features: tuple[np.ndarray, np.ndarray] | None = None,
+) -> str:
+    """Writes `results.json` and pictures, and a card where the run has left a model.
+
+    Args:
+        facts: `task`, `seed`, `recipe` (every flag's value), `hardware`, and what else is to be recorded.
+        metrics: on the held-out images; accuracies as fractions.
+        label_names: of the classes.
+        robustness: metrics of further sets, and corruption tables.
+        predictions: labels (n,) and classes (n,), for the confusion matrix.
+        features: features (m, D) and labels (m,), for their map.
+
+    Returns:
+        The results in words.
+    """
+    results = {
+        **facts,
+        "metrics": metrics,
+        "robustness": robustness or {},
+        "commit": source_commit(),
+        "versions": package_versions(),
+    }
+    write_json(output_dir / RESULTS_FILE, results)
+    if predictions is not None and len(label_names) <= MOST_CLASSES:
+        save_confusion_matrix(*predictions, label_names, output_dir / "confusion_matrix.png")
+    if features is not None:
+        save_feature_map(*features, label_names, output_dir / "features.png", seed=facts["seed"])
+    if (output_dir / FILE_NAME).exists():
+        save_curves(output_dir / FILE_NAME, output_dir / "curves.png", panels=CLASSIFICATION_PANELS)
+    pictures = [
+        name for name in ("curves.png", "confusion_matrix.png", "features.png") if (output_dir / name).exists()
+    ]
+    if (output_dir / "config.json").exists():
+        write_classification_card(output_dir, results=results, pictures=pictures)
+    return describe(results, output_dir, pictures)
+
+
+def describe(results: Mapping[str, Any], output_dir: Path, pictures: Sequence[str]) -> str:
+    """A few lines for the terminal."""
+    rows = [f"{results['task']} of {results['model']} on {results['dataset']}"]
+    rows += [f"{name:24} {value:.4g}" for name, value in results["metrics"].items()]
+    for name, found in results["robustness"].items():
+        if name in CORRUPTION_TABLES:
+            rows += ["", name, *corruption_markdown(found).splitlines(), ""]
+        else:
+            rows.append(f"{name:24} {found['accuracy']:.4g}")
+    rows.append(f"results in {output_dir}: {', '.join([RESULTS_FILE, *pictures])}")
+    width = max(map(len, rows))
+    return "\n".join(["", "=" * width, *rows, "=" * width])
