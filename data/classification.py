@@ -31,7 +31,7 @@ from .randomness import random_state_kept, seed_random_state
 
 logger = logging.getLogger(__name__)
 
-IGNORED = -100  # the label that losses and metrics leave out
+IGNORED_LABEL = -100  # losses and metrics leave it out
 IMAGES_NAMED = 10
 
 
@@ -70,7 +70,7 @@ class ClassificationLoader(LabelledLoader):
             numpy.
         num_channels: C.
         per_device_batch_size: B.
-        label_map: int64, the model's label for each label of the source, see `label_mapping`; None: the same.
+        label_map: int64, the model's label for each label of the source; None: the same.
         mixing: what `augmentation.mixing` returns; with it labels are float32 (B, K), else int64 (B,).
         num_processes, process_index: of the distributed run.
         seed: of order, augmentation and mixing.
@@ -250,7 +250,7 @@ class LabelledEvaluationSamples(Dataset):
         self.source, self.label_map, self.transform, self.num_channels = source, label_map, transform, num_channels
         self.bad_images = BadImages(source, "left out")
         black = transform(torch.zeros(num_channels, 1, 1, dtype=torch.uint8))  # (C, h, w)
-        self.padding = black, IGNORED
+        self.padding = black, IGNORED_LABEL
 
     def __len__(self) -> int:
         return len(self.source)

@@ -24,6 +24,7 @@ from datasets.utils.file_utils import xopen
 from datasets.utils.logging import get_logger
 
 from .base import ImageSource
+from .words import some
 
 SAMPLES_PER_TAR_BLOCK = 256
 FILES_KEPT_OPEN = 8
@@ -53,7 +54,7 @@ class ShardedSource(ImageSource):
         *,
         label_names: list[str] | None,
     ):
-        self.files, self.name, self.label_names = list(files), _some(files), label_names
+        self.files, self.name, self.label_names = list(files), some(files, 3), label_names
         self.block_sizes = np.concatenate([np.asarray(sizes, dtype=np.int64) for sizes in blocks_per_file])
         self.block_ends = np.cumsum(self.block_sizes)
         self.block_files = np.repeat(np.arange(len(files)), [len(sizes) for sizes in blocks_per_file])
@@ -61,7 +62,7 @@ class ShardedSource(ImageSource):
         self._opened: dict[str, Any] = {}
         self._process = os.getpid()
         if len(self) == 0:
-            raise ValueError(f"the files hold no image: {_some(files)}")
+            raise ValueError(f"the files hold no image: {some(files, 3)}")
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_opened": {}}
@@ -329,7 +330,7 @@ def _cached_listing(
 
 
 def _list_all(files: Sequence[str], list_file: Callable[[str], T]) -> list[T]:
-    logger.info(f"Listing the contents of {len(files)} file(s), once: {_some(files)}")
+    logger.info(f"Listing the contents of {len(files)} file(s), once: {some(files, 3)}")
     with ThreadPoolExecutor(LISTING_THREADS) as threads:
         return list(threads.map(list_file, files))
 
@@ -360,7 +361,3 @@ def _cut(total: int, size: int) -> list[int]:
 def _encoded(value: dict[str, Any] | bytes | None) -> bytes:
     """Takes the bytes out of an image cell; a cell without bytes is an empty file, which no decoder accepts."""
     return (value.get("bytes") if isinstance(value, dict) else value) or b""
-
-
-def _some(files: Sequence[str]) -> str:
-    return ", ".join(files[:3]) + (", ..." if len(files) > 3 else "")

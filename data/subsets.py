@@ -13,10 +13,10 @@ import numpy as np
 
 from .base import ImageSource
 from .order import class_permutation
+from .words import some
 
 # The Hub's ImageNet names a file n01440764_10026_n01440764.JPEG, the original n01440764_10026.JPEG.
 APPENDED_WNID = re.compile(r"_n\d{8}$")
-NAMES_SHOWN = 5
 
 
 class SubsetSource(ImageSource):
@@ -127,7 +127,7 @@ def read_subset_file(path: str | os.PathLike, source: ImageSource) -> np.ndarray
         if matches:
             raise ValueError(
                 f"{len(matches)} of the {len(found)} names in {path} {problem} the {len(source)} images of "
-                f"{source.name}: {_some(matches)}"
+                f"{source.name}: {some(matches)}"
             )
     indices = np.unique([indices[0] for indices in found.values()])
     labels = source.labels()
@@ -143,13 +143,9 @@ def _check_every_class(
     if missing:
         names = [str(label) if label_names is None else repr(label_names[label]) for label in missing]
         raise ValueError(
-            f"{len(missing)} of {len(classes)} classes have no image in {place} and cannot be learnt: {_some(names)}"
+            f"{len(missing)} of {len(classes)} classes have no image in {place} and cannot be learnt: {some(names)}"
         )
 
 
 def _bare(name: str) -> str:
     return APPENDED_WNID.sub("", os.path.splitext(os.path.basename(name))[0])
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:NAMES_SHOWN]) + (", ..." if len(names) > NAMES_SHOWN else "")

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from datasets import Features, Sequence, Value
 
+from ..data.classification import IGNORED_LABEL
 from .robustness import relative_errors
 
 TOP = 5
-PADDING = -100  # a reference that `transformers.Trainer` pads with, and that its losses ignore
 
 
 def ranked_classes(logits: torch.Tensor, k: int = TOP) -> torch.Tensor:
@@ -59,10 +59,10 @@ class TopKAccuracy(_InMemoryMetric):
 
     def _compute(self, predictions: list[list[int]], references: list[int]) -> dict[str, float]:
         references = np.asarray(references)
-        if not (references != PADDING).any():
-            raise ValueError(f"no image to count: there are {len(references)} references, all of them {PADDING}")
+        if not (references != IGNORED_LABEL).any():
+            raise ValueError(f"no image to count: there are {len(references)} references, all of them {IGNORED_LABEL}")
         ranked = np.asarray(predictions)[:, :TOP]  # (n, k)
-        hits = (ranked == references[:, None])[references != PADDING]
+        hits = (ranked == references[:, None])[references != IGNORED_LABEL]
         return {"accuracy": float(hits[:, 0].mean()), f"top{TOP}_accuracy": float(hits.any(1).mean())}
 
 

@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.modeling_outputs import ImageClassifierOutput
 
+from ..data.words import some
+
 # AlexNet's top-1 errors, each the mean over five severities: Hendrycks and Dietterich, ICLR 2019 (arXiv 1903.12261).
 # Names and order are those of the published folders.
 ALEXNET_ERRORS = {
@@ -91,12 +93,15 @@ def class_positions(classes: Sequence[str], label_names: Sequence[str]) -> list[
     wnids = imagenet_wnids()
     if len(label_names) == len(wnids) and not set(wnids) & set(label_names) and set(classes) <= set(wnids):
         label_names = wnids
+    label_names = list(label_names)
     position = {name: index for index, name in enumerate(label_names)}
+    if repeated := sorted({name for name in classes if label_names.count(name) > 1}):
+        raise ValueError(f"the model has more than one label with the name {some(repeated)}: rename all but one")
     missing = [name for name in classes if name not in position]
     if missing:
         raise ValueError(
             f"{len(missing)} of {len(classes)} classes are not among the {len(label_names)} labels "
-            f"({_some(label_names, 3)}): {_some(missing, NAMED)}. Evaluate a model whose id2label has these names; "
+            f"({some(label_names, 3)}): {some(missing, NAMED)}. Evaluate a model whose id2label has these names; "
             "for ImageNet's offspring also one with any 1,000 names in the order of the sorted wnids"
         )
     return [position[name] for name in classes]
@@ -142,7 +147,7 @@ def corruption_folders(root: str | os.PathLike) -> dict[tuple[str, int], Path]:
     parents = {name: _corruption_parent(root, name) for name in CORRUPTIONS}
     if not any(parents.values()):
         found = sorted(path.name for path in root.iterdir())
-        raise ValueError(f"{root} is no ImageNet-C: {expected}, found {_some(found, NAMED) or 'nothing'}")
+        raise ValueError(f"{root} is no ImageNet-C: {expected}, found {some(found, NAMED)}")
     lacking = [name for name, parent in parents.items() if parent is None]
     folders = {
         (name, severity): parent / str(severity)
@@ -152,7 +157,7 @@ def corruption_folders(root: str | os.PathLike) -> dict[tuple[str, int], Path]:
     }
     lacking += ["/".join(map(str, key)) for key, folder in folders.items() if not _has_folders(folder)]
     if lacking:
-        raise ValueError(f"{root} is no whole ImageNet-C, it has no images of {_some(lacking, NAMED)}: {expected}")
+        raise ValueError(f"{root} is no whole ImageNet-C, it has no images of {some(lacking, NAMED)}: {expected}")
     return folders
 
 
@@ -177,7 +182,7 @@ def relative_errors(errors: Mapping[str, float]) -> dict[str, float]:
     _refuse_unknown(errors)
     missing = [name for name in CORRUPTIONS if name not in errors]
     if missing:
-        raise ValueError(f"mCE is a mean over 15 corruptions, and {_some(missing, 15)} are missing")
+        raise ValueError(f"mCE is a mean over 15 corruptions, and {some(missing, 15)} are missing")
     return {name: 100 * (errors[name] / alexnet) for name, alexnet in ALEXNET_ERRORS.items()}
 
 
@@ -203,7 +208,7 @@ def corruption_table(errors: Mapping[tuple[str, int], float], *, relative_to_ale
     wanted = SEVERITIES if relative_to_alexnet else severities
     missing = [f"{name}/{severity}" for name in names for severity in wanted if (name, severity) not in errors]
     if missing or not errors:
-        raise ValueError(f"no table of corruption errors without {_some(missing, NAMED) or 'errors'}")
+        raise ValueError(f"no table of corruption errors without {some(missing or ['errors'], NAMED)}")
     rows = {name: [errors[name, severity] for severity in severities] for name in names}
     # statistics.mean is exact in rational arithmetic: the mean of equal numbers is that number
     per_corruption = {name: {"error": mean(row), "error_by_severity": row} for name, row in rows.items()}
@@ -243,9 +248,3 @@ def _refuse_unknown(names: Iterable[str]) -> None:
     unknown = sorted(set(names) - set(CORRUPTIONS))
     if unknown:
         raise ValueError(f"unknown corruptions {unknown}; there are {list(CORRUPTIONS)}")
-
-
-def _some(names: Sequence[str], count: int) -> str:
-    """The first few of them, in words."""
-    more = f" and {len(names) - count} more" if len(names) > count else ""
-    return ", ".join(map(str, names[:count])) + more

@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from ..configuration_mimae import MIMAEConfig
+from ..data.words import some
 from ..modeling_mimae import MIMAEForImageClassification, MIMAEForPreTraining, MIMAEModel, MIMAEPreTrainedModel
 
 # MI-MAE without its information terms: what any MAE checkpoint is
@@ -97,7 +98,8 @@ def model_from_official(state: Mapping[str, torch.Tensor], **known: Any) -> MIMA
     missing = [name for name in missing if not name.startswith(_OURS_ALONE)]
     if missing or unexpected:
         raise ValueError(
-            f"not the parameters of a {type(model).__name__}: missing {_some(missing)}; not known {_some(unexpected)}"
+            f"not the parameters of a {type(model).__name__}: missing {some(sorted(missing))}; "
+            f"not known {some(sorted(unexpected))}"
         )
     return model.eval()
 
@@ -223,7 +225,3 @@ def _heads(width: int, prefix: str, known: Mapping[str, Any]) -> int:
             f"the number of heads does not show in the shapes, and width {width} is not standard: say --{field}"
         )
     return heads
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "") or "nothing"

@@ -19,7 +19,7 @@ from accelerate import skip_first_batches
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from mimae.data.augmentation import finetuning_transform, mixing, normalized, probe_transform
-from mimae.data.classification import IGNORED, ClassificationEvaluationLoader, ClassificationLoader
+from mimae.data.classification import IGNORED_LABEL, ClassificationEvaluationLoader, ClassificationLoader
 from mimae.data.decoding import decode_image
 from mimae.data.sources import open_image_source
 from mimae.data.subsets import SubsetSource, low_shot_indices
@@ -356,7 +356,7 @@ def test_evaluation_gives_every_image_in_order_and_then_padding(open_kind, kind,
     found = joined(batches)
     expected = torch.stack([EVALUATION(decode_image(image, 3)) for image in jpegs(84)])
     assert torch.equal(found["pixel_values"][:84], expected)
-    assert found["labels"].tolist() == [row % 3 for size in SIZES for row in range(size)] + [IGNORED] * 6
+    assert found["labels"].tolist() == [row % 3 for size in SIZES for row in range(size)] + [IGNORED_LABEL] * 6
 
 
 @pytest.mark.parametrize("processes", [2, 3, 5, 50])
@@ -370,7 +370,7 @@ def test_processes_evaluate_batches_of_one_number_and_size_that_make_up_the_whol
     gathered = joined([joined(batch) for batch in zip(*parts, strict=True)])  # as `gather` does it, step by step
     assert {len(batch["labels"]) for part in parts for batch in part} == {3}
     assert all(torch.equal(gathered[key][:84], alone[key]) for key in alone)
-    assert (gathered["labels"][84:] == IGNORED).all()
+    assert (gathered["labels"][84:] == IGNORED_LABEL).all()
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -380,7 +380,7 @@ def test_images_that_cannot_be_decoded_are_not_counted_and_are_named(open_kind, 
     with caplog.at_level(logging.WARNING, logger="mimae.data.classification"):
         labels = joined(list(loader))["labels"]
         list(loader)
-    assert (labels[:84] == IGNORED).nonzero().flatten().tolist() == list(WRONG)
+    assert (labels[:84] == IGNORED_LABEL).nonzero().flatten().tolist() == list(WRONG)
     assert loader.bad_images == [source.describe(index) for index in WRONG]
     assert caplog.text.count("3 image(s) could not be decoded and were left out") == 1
 
@@ -422,7 +422,7 @@ def evaluate(output_dir):
     seen = {}
 
     def compute_metrics(prediction):
-        counted = prediction.label_ids != IGNORED
+        counted = prediction.label_ids != IGNORED_LABEL
         seen["labels"] = prediction.label_ids[counted].tolist()
         seen["logits"] = prediction.predictions[counted].tolist()
         return {}

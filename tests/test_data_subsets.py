@@ -7,7 +7,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mimae.data.labels import label_mapping
 from mimae.data.sources import open_image_source
 from mimae.data.subsets import SubsetSource, low_shot_indices, read_subset_file
 from mimae.tests.data_helpers import FEATURES, jpegs, pretraining_loader, shards, take, write_parquet, write_tars
@@ -194,34 +193,3 @@ def test_a_name_that_several_images_have_is_refused(tmp_path):
     source = open_image_source(data_files=files, streaming=True, cache_dir=str(tmp_path / "cache"))
     with pytest.raises(ValueError, match=r"1 of the 1 names in .* are the names of several of the 6 images"):
         read_subset_file(write_list(tmp_path, "00001.jpg"), source)
-
-
-# The classes of the data and those of the model
-
-
-def test_classes_are_found_by_name():
-    id2label = {0: "emu", 1: "cat", 2: "dog"}
-    assert label_mapping(["cat", "dog", "emu"], id2label).tolist() == [1, 2, 0]
-    assert label_mapping(["dog"], id2label).tolist() == [2]
-    assert label_mapping(None, id2label).tolist() == [0, 1, 2]
-
-
-def test_classes_that_the_model_lacks_are_named():
-    with pytest.raises(
-        ValueError, match=r"2 of the 3 classes .*not in the model's label list: 'ox', 'yak'; .* 1: 'cat'"
-    ):
-        label_mapping(["ox", "cat", "yak"], {0: "cat"})
-    with pytest.raises(ValueError, match="more than once in the model's label list: 'crane'"):
-        label_mapping(["crane"], {0: "crane", 1: "crane"})
-
-
-def test_wordnet_ids_stand_for_imagenets_classes_in_their_order():
-    wnids = [f"n{number:08d}" for number in range(1000)]
-    id2label = {label: f"thing {label}" for label in range(1000)}
-    assert label_mapping(["n00000007", "n00000999"], id2label, wnids).tolist() == [7, 999]
-    with pytest.raises(ValueError, match="'n00001000'"):
-        label_mapping(["n00000007", "n00001000"], id2label, wnids)
-    with pytest.raises(ValueError, match="'n00000007'"):  # a model of other classes
-        label_mapping(["n00000007"], {0: "thing"}, wnids)
-    own = dict(enumerate(reversed(wnids)))  # the model's own ids win
-    assert label_mapping(["n00000007"], own, wnids).tolist() == [992]

@@ -117,6 +117,8 @@ def test_classes_that_a_model_does_not_have_are_named():
     # a thousand names that are wnids, but not all of ImageNet-1k's, are not taken by position
     with pytest.raises(ValueError, match=r"1 of 200 classes.*n01498041"):
         class_positions(imagenet_a_wnids(), ["x" if name == "n01498041" else name for name in imagenet_wnids()])
+    with pytest.raises(ValueError, match="more than one label with the name crane"):
+        class_positions(["crane"], ["crane", "ox", "crane"])
     with pytest.raises(ValueError, match="2 of 2 classes"):
         class_positions(["cat", "dog"], [f"LABEL_{index}" for index in range(1000)])
 

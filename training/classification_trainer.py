@@ -23,10 +23,9 @@ from transformers import (
 )
 from transformers.trainer_utils import EvalLoopOutput
 
+from ..data.classification import IGNORED_LABEL
+from ..evaluation.metrics import ranked_classes
 from .averaging import WeightAverage
-
-IGNORED_LABEL = -100  # padding of an evaluation batch
-NUM_RANKED = 5  # classes that are kept of an image's logits: enough for top-5
 
 
 class ClassificationTrainer(Trainer):
@@ -142,9 +141,8 @@ def rank_classes(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tens
     Returns:
         The best classes in order, int64 (B, …, 5), and the cross-entropy of each image, float32 (B, …).
     """
-    classes = logits.topk(min(NUM_RANKED, logits.shape[-1])).indices
     targets = labels.clamp(min=0).view(-1, *[1] * (logits.ndim - 1)).expand(*logits.shape[:-1], 1)
-    return classes, -logits.float().log_softmax(dim=-1).gather(-1, targets).squeeze(-1)
+    return ranked_classes(logits), -logits.float().log_softmax(dim=-1).gather(-1, targets).squeeze(-1)
 
 
 def exact_metrics(
