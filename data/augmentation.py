@@ -79,7 +79,7 @@ def normalized(transform: Transform, *, mean: Sequence[float], std: Sequence[flo
 def _rand_augment(description: str, mean: Sequence[float]) -> RandAugment:
     if len(mean) not in (1, 3):
         raise ValueError(
-            f"RandAugment is defined for images of 1 or 3 channels, not of {len(mean)}: leave --auto_augment off"
+            f"RandAugment is defined for images of 1 or 3 channels, not of {len(mean)}: set --auto_augment none"
         )
     grey_values = tuple(min(255, round(255 * value)) for value in mean)
     fill = grey_values if len(mean) == 3 else grey_values[0]  # Pillow takes no tuple for one channel

@@ -103,7 +103,7 @@ def test_the_probe_crops_flips_and_normalises_and_nothing_else():
 
 def test_other_numbers_of_channels_do_without_randaugment():
     statistics = {"mean": [0.5] * 5, "std": [0.2] * 5}
-    with pytest.raises(ValueError, match="1 or 3 channels, not of 5: leave --auto_augment off"):
+    with pytest.raises(ValueError, match="1 or 3 channels, not of 5: set --auto_augment none"):
         finetuning_transform(8, **statistics)
     view = finetuning_transform(8, auto_augment=None, random_erasing=1.0, **statistics)(
         torch.zeros(5, 9, 9, dtype=torch.uint8)
