@@ -12,6 +12,7 @@ import atexit
 import logging
 import multiprocessing
 import signal
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -330,12 +331,19 @@ def leave_stop_signals_to_the_caller(worker: int) -> None:
 
 @atexit.register
 def _end_workers() -> None:
-    """Where a program ends with a loader still open, multiprocessing sends SIGTERM and would wait for ever."""
-    workers = [child for child in multiprocessing.active_children() if child.daemon]
-    if workers:
+    """Where a program ends with a loader still open, multiprocessing sends SIGTERM and would wait for ever.
+
+    Whatever other daemons there are get the same signal first, and a second to end by themselves.
+    """
+    daemons = [child for child in multiprocessing.active_children() if child.daemon]
+    if daemons:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # else torch's handler reports them as lost
-    for worker in workers:
-        worker.kill()
+    for daemon in daemons:
+        daemon.terminate()
+    deadline = time.monotonic() + 1
+    for daemon in daemons:
+        daemon.join(max(0.0, deadline - time.monotonic()))
+        daemon.kill()
 
 
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
