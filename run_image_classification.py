@@ -50,6 +50,7 @@ from mimae.evaluation.robustness import (
 )
 from mimae.modeling_mimae import MIMAEPreTrainedModel
 from mimae.training.arguments import HubArguments, ModelArguments, RecipeError, parse_arguments
+from mimae.training.bad_images import BadImageLimit
 from mimae.training.classification_arguments import ClassificationArguments, ClassificationDataArguments
 from mimae.training.classification_results import write_classification_results
 from mimae.training.classification_trainer import ClassificationTrainer
@@ -107,10 +108,7 @@ def start_processes(args: ClassificationArguments, recipe: Path) -> Path:
     limit_cpu_threads(args.cpu_threads)
     start_logging(precision(args.mixed_precision))
     resumes = args.resume_from_checkpoint is not None
-    output_dir = on_main_process(lambda: claim_output_dir(args.output_dir, recipe, args.overwrite_output_dir, resumes))
-    if args.overwrite_output_dir and not resumes:
-        on_main_process(lambda: clear_output_dir(output_dir))
-    return output_dir
+    return on_main_process(lambda: claim_output_dir(args.output_dir, recipe, args.overwrite_output_dir, resumes))
 
 
 class ClassificationRun:
@@ -174,6 +172,7 @@ class ClassificationRun:
         metrics, classes, targets = self.train_and_test(trainer)
         self.save(model)
         return {
+            "test_images": len(targets),
             "metrics": metrics,
             "robustness": {key: test(trainer) for key, test in further.items()},
             "label_names": names,
@@ -206,21 +205,29 @@ class ClassificationRun:
             max(probe.learning_rates),
             metrics_of_heads(probe.learning_rates, accuracy_of_classes),
         )
-        metrics, _, _ = self.train_and_test(trainer)
+        metrics, _, targets = self.train_and_test(trainer)
         if self.args.leaves_model:
             best = probe.as_linear(probe.learning_rates.index(metrics["best_learning_rate"]))
             self.save(self.probing_classifier(encoder, best, names))
-        return {"metrics": metrics, "label_names": names, "features": self.pictured_features(encoder, names)}
+        return {
+            "test_images": len(targets),
+            "metrics": metrics,
+            "label_names": names,
+            "features": self.pictured_features(encoder, names),
+        }
 
     def knn(self) -> dict[str, Any]:
         """The weighted votes of the nearest training images."""
         names = class_names(self.training_images)
         encoder = self.load_encoder()
+        label_map(self.held_out_images, names)  # raises before hours of work
+        self.clear_if_asked()
         train, test = self.features(encoder, self.training_images), self.features(encoder, self.held_out_images, names)
         accuracies = knn_accuracies(*train, *test, ks=self.args.knn_k, temperature=self.args.knn_temperature)
         best = max(accuracies, key=accuracies.__getitem__)
         by_k = {f"accuracy_k_{k}": accuracy for k, accuracy in accuracies.items()}
         return {
+            "test_images": len(test[1]),
             "metrics": {"accuracy": accuracies[best], "best_k": best, **by_k},
             "label_names": names,
             "features": self.pictured_features(encoder, names),
@@ -236,8 +243,11 @@ class ClassificationRun:
         names = [config.id2label[i] for i in range(config.num_labels)]
         model = self.load(MIMAEForImageClassification, config)
         trainer, further = self.tester(model), self.robustness_tests(names)
-        metrics, classes, targets = trainer.test(self.evaluation_loader(self.held_out_images, names))
+        loader = self.evaluation_loader(self.held_out_images, names)
+        self.clear_if_asked()
+        metrics, classes, targets = trainer.test(loader)
         return {
+            "test_images": len(targets),
             "metrics": metrics,
             "robustness": {key: test(trainer) for key, test in further.items()},
             "label_names": names,
@@ -440,7 +450,7 @@ class ClassificationRun:
             eval_loader=self.evaluation_loader(self.held_out_images, class_names(self.training_images)),
             optimizers=(optimizer, schedule_as_lambda(optimizer, schedule)),
             compute_metrics=compute_metrics,
-            callbacks=[MetricsLog],
+            callbacks=[MetricsLog(), BadImageLimit(loader, self.data_args.max_bad_image_fraction)],
             **options,
         )
 
@@ -483,8 +493,14 @@ class ClassificationRun:
         resume = self.args.resume_from_checkpoint
         if resume == "latest" and (resume := get_last_checkpoint(self.output_dir)) is None:
             raise ValueError(f"{self.output_dir} holds no checkpoint to resume from")
+        self.clear_if_asked()
         trainer.train(resume_from_checkpoint=resume)
         return trainer.test(trainer.eval_dataset)
+
+    def clear_if_asked(self) -> None:
+        """Deletes the run that the folder holds: not before all that the new one needs has been found good."""
+        if self.args.overwrite_output_dir and self.args.resume_from_checkpoint is None:
+            on_main_process(lambda: clear_output_dir(self.output_dir))
 
     def tester(self, model: nn.Module) -> ClassificationTrainer:
         """A Trainer that trains nothing."""
@@ -539,7 +555,6 @@ class ClassificationRun:
             "dataset": data_args.dataset_name
             or ("local images" if data_args.train_dir or data_args.data_files else "digits"),
             "training_images": None if self.args.task == "evaluate" else len(self.training_images),
-            "test_images": len(self.held_out_images),
             "seed": self.args.seed,
             "hardware": {"device": device_name(state.device), "processes": state.num_processes},
         }

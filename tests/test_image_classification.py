@@ -20,6 +20,7 @@ from mimae.data.sources import open_digits
 from mimae.evaluation.robustness import CORRUPTIONS, imagenet_a_wnids, imagenet_wnids
 from mimae.run_image_classification import RECIPES, main
 from mimae.training.arguments import RecipeError
+from mimae.training.bad_images import TooManyBadImagesError
 from mimae.training.warm_start import Checkpoint, UnfitCheckpointError
 
 SCRIPT = ROOT / "run_image_classification.py"
@@ -349,3 +350,14 @@ def test_a_checkpoint_that_is_not_there_is_named(tmp_path):
 def test_a_flag_out_of_range_is_refused_by_name(name, value, tmp_path):
     with pytest.raises(ValueError, match=name):
         main(flags("finetune", "unused", tmp_path / "run", **{name: value}))
+
+
+def test_too_many_bad_images_end_a_training_and_a_few_are_left_out_of_a_test(classifier, pretrained, tmp_path):
+    images = write_classes(tmp_path / "images", {"0": 6, "1": 6})
+    for index in range(3):
+        (images / "1" / f"1_{index}.png").write_bytes(b"no image")
+    values = {"train_dir": images, "validation_dir": images, "per_device_train_batch_size": 4}
+    with pytest.raises(TooManyBadImagesError, match=r"3 of 12 training images cannot be decoded"):
+        run("finetune", pretrained, tmp_path / "run", max_train_steps=9, **values)
+    results = run("evaluate", classifier, tmp_path / "test", **values)
+    assert results["test_images"] == 9

@@ -24,6 +24,7 @@ def write_classification_results(
     output_dir: Path,
     *,
     facts: Mapping[str, Any],
+    test_images: int,
     metrics: Mapping[str, float],
     label_names: Sequence[str],
     robustness: Mapping[str, Any] | None = None,
@@ -34,6 +35,7 @@ def write_classification_results(
 
     Args:
         facts: `task`, `seed`, `recipe` (every flag's value), `hardware`, and what else is to be recorded.
+        test_images: that the metrics are of; those that cannot be decoded are not among them.
         metrics: on the held-out images; accuracies as fractions.
         label_names: of the classes.
         robustness: metrics of further sets, and corruption tables.
@@ -45,6 +47,7 @@ def write_classification_results(
     """
     results = {
         **facts,
+        "test_images": test_images,
         "metrics": metrics,
         "robustness": robustness or {},
         "commit": source_commit(),
