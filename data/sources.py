@@ -15,6 +15,12 @@ __all__ = ["ArraySource", "ImageSource", "open_image_source"]
 
 DIGITS = "digits"
 DIGITS_TEST_FRACTION = 0.2
+# names that a folder of one split goes by
+SPLIT_FOLDERS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "val", "valid", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
 BUILDER_BY_SUFFIX = {".parquet": "parquet", ".tar": "webdataset"}
 
 
@@ -65,7 +71,9 @@ def open_image_source(
     from .hugging_face import open_dataset  # the digits need none of it, and start two seconds sooner
 
     if train_dir:
-        place = {"path": "imagefolder", "name": str(train_dir), "data_dir": str(train_dir), "streaming": False}
+        files = folder_patterns(Path(train_dir))
+        place = {"path": "imagefolder", "name": str(train_dir), "data_dir": str(train_dir), "data_files": files}
+        place["streaming"] = False
     elif data_files:
         place = _shards(data_files, split) | {"streaming": streaming}
     else:
@@ -93,6 +101,24 @@ def open_digits(split: str) -> ArraySource:
     rows = np.sort(train if split == "train" else test)
     names = [str(name) for name in digits.target_names]
     return ArraySource(images[rows], digits.target[rows], name=f"{DIGITS}[{split}]", label_names=names)
+
+
+def folder_patterns(folder: Path) -> dict[str, list[str]]:
+    """Which files of a folder of images are of which split, as patterns for 🤗 Datasets.
+
+    Folders named as splits are splits, if there are no others or they hold the folders of the classes; else all images
+    are for training.
+    🤗 Datasets by itself also goes by the names of files: of ImageNet's `ILSVRC2012_val_….JPEG` it makes a validation
+    split, and of a folder with one `my train.jpg` it takes that image alone.
+    """
+    split_of = {name: split for split, names in SPLIT_FOLDERS.items() for name in names}
+    folders = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    named = [path for path in folders if path.name.lower() in split_of]
+    patterns: dict[str, list[str]] = {}
+    for path in named:
+        if named == folders or any(child.is_dir() for child in path.iterdir()):
+            patterns.setdefault(split_of[path.name.lower()], []).append(f"{path.name}/**")
+    return patterns or {"train": ["**"]}
 
 
 def _shards(data_files: str | Sequence[str], split: str) -> dict[str, Any]:

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import get_session, hf_raise_for_status
+from PIL import Image
 
 from mimae.data import sharded
 from mimae.data.hugging_face import explained_access
@@ -513,3 +514,37 @@ def test_a_gated_or_missing_hub_set_names_its_page_and_the_login(tmp_path):
     for name, message in zip(names, messages, strict=True):
         assert f"{url}/datasets/some/{name} " in message
         assert "`hf auth login`" in message
+
+
+def write_images(folder, *names):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.effect_noise((8, 8), 64).save(folder / name)
+
+
+def test_names_of_files_choose_no_split(tmp_path):
+    # 🤗 Datasets takes ImageNet's own names for a validation split, and "train" in one name for the whole of it
+    names = ["ILSVRC2012_val_00000001.JPEG", "ILSVRC2012_val_00000002.JPEG", "0.1_train _ bus.jpg", "plain.png"]
+    write_images(tmp_path / "images", *(f"{label}/{name}" for label in ("cat", "dog") for name in names))
+    source = open_image_source(train_dir=str(tmp_path / "images"), cache_dir=str(tmp_path / "cache"))
+    assert len(source) == 8
+    assert source.label_names == ["cat", "dog"]
+    assert source.labels().tolist() == [0] * 4 + [1] * 4
+
+
+@pytest.mark.parametrize("classes", [("cat/", "dog/"), ("",)])
+def test_folders_named_as_splits_are_splits(tmp_path, classes):
+    for split, count in (("train", 3), ("val", 2)):
+        write_images(tmp_path / "x" / split, *(f"{label}{i}.png" for label in classes for i in range(count)))
+    cache = str(tmp_path / "cache")
+    for split, count in (("train", 3), ("validation", 2)):
+        source = open_image_source(train_dir=str(tmp_path / "x"), split=split, cache_dir=cache)
+        assert len(source) == count * len(classes)
+        assert source.has_labels == (len(classes) == 2)
+
+
+def test_a_class_may_be_called_train(tmp_path):
+    write_images(tmp_path / "x", "bus/1.png", "train/1.png", "train/2.png")
+    source = open_image_source(train_dir=str(tmp_path / "x"), cache_dir=str(tmp_path / "cache"))
+    assert source.label_names == ["bus", "train"]
+    assert source.labels().tolist() == [0, 1, 1]
