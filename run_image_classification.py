@@ -1,6 +1,6 @@
 """Use a pre-trained encoder: fine-tune it, probe it, or evaluate what was fine-tuned.
 
-    python run_image_classification.py --task linear_probe --model_name_or_path outputs/demo    # on embedded digits
+    python run_image_classification.py --task linear_probe    # of the demo's encoder, on embedded digits
     accelerate launch run_image_classification.py --config recipes/imagenet/classification/….yaml --output_dir out
 
     --task finetune      the whole model, with the augmentation and the layer decay of MAE's recipe
@@ -11,11 +11,13 @@
 Exit codes: 0 done; 1 on an error, or when all is done but the upload failed.
 """
 
+import json
 import logging
 import math
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from datetime import timedelta
 from functools import cached_property, partial
 from pathlib import Path
@@ -26,10 +28,10 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import set_seed
 from torch import nn
-from transformers import EvalPrediction, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import EvalPrediction, TrainingArguments, ViTImageProcessor
 
 from mimae import MIMAEConfig, MIMAEForImageClassification, MIMAEModel
+from mimae.data.arguments import PLACES
 from mimae.data.augmentation import Mixing, Transform, finetuning_transform, mixing, normalized, probe_transform
 from mimae.data.classification import ClassificationEvaluationLoader, ClassificationLoader
 from mimae.data.processor import build_image_processor, channel_statistics
@@ -49,7 +51,7 @@ from mimae.evaluation.robustness import (
     imagenet_r_wnids,
 )
 from mimae.modeling_mimae import MIMAEPreTrainedModel
-from mimae.training.arguments import HubArguments, ModelArguments, RecipeError, parse_arguments
+from mimae.training.arguments import HubArguments, ModelArguments, RecipeError, flag_value, parse_arguments
 from mimae.training.bad_images import BadImageLimit
 from mimae.training.classification_arguments import ClassificationArguments, ClassificationDataArguments
 from mimae.training.classification_results import write_classification_results
@@ -63,12 +65,34 @@ from mimae.training.processes import limit_cpu_threads, on_main_process, start_l
 from mimae.training.publishing import claim_repository, publish
 from mimae.training.results import device_name
 from mimae.training.run_folder import claim_output_dir, clear_output_dir
+from mimae.training.sealed_checkpoints import checkpoint_to_resume
 from mimae.training.warm_start import Checkpoint, UnfitCheckpointError
 
 logger = logging.getLogger("mimae")
 
 RECIPES = Path(__file__).parent / "recipes"
 LR_BASE_BATCH = 256
+# flags that a training's result follows from
+SETTINGS = (
+    "task",
+    "seed",
+    "untrained",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "weight_decay",
+    "max_grad_norm",
+    "layer_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "auto_augment",
+    "random_erasing",
+    "mixup",
+    "cutmix",
+    "label_smoothing",
+    "ema_decay",
+    "probe_learning_rates",
+    "feature_pooling",
+)
 PICTURED_IMAGES = 1000
 
 
@@ -83,14 +107,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     groups = (ModelArguments, ClassificationDataArguments, ClassificationArguments, HubArguments)
     (model_args, data_args, args, hub_args), model_fields, recipe = parse_arguments(
-        argv, groups, MIMAEConfig, default_recipe=RECIPES / "digits" / "finetune.yaml", description=__doc__
+        argv, groups, MIMAEConfig, default_recipe=default_recipe(argv), description=__doc__
     )
     if hub_args.push_to_hub and not args.leaves_model:
         raise RecipeError(f"--push_to_hub: --task {args.task} with these flags leaves no model to push")
     output_dir = start_processes(args, recipe)
     set_seed(args.seed)
-    repo_id = claim_repository(hub_args.push_to_hub, hub_args.hub_model_id, hub_args.hub_private_repo, output_dir)
-    run = ClassificationRun(model_args, data_args, args, model_fields, output_dir)
+    run = ClassificationRun(model_args, data_args, args, hub_args, model_fields, output_dir)
     tasks = {"finetune": run.finetune, "linear_probe": run.linear_probe, "knn": run.knn, "evaluate": run.evaluate}
     results = tasks[args.task]()
     if not PartialState().is_main_process:
@@ -98,7 +121,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     recipe_values = {**vars(model_args), **vars(data_args), **vars(args), **vars(hub_args), **model_fields}
     facts = {**run.facts(), "recipe": recipe_values}
     print(write_classification_results(output_dir, facts=facts, **results))
-    return publish(output_dir, repo_id, hub_args.hub_private_repo)
+    return publish(output_dir, run.repo_id, hub_args.hub_private_repo)
+
+
+def default_recipe(argv: Sequence[str] | None) -> Path:
+    """Without --config: the task's recipe for digits, or for other images MAE's fine-tuning recipe."""
+    if any(flag_value(argv, place) is not None for place in PLACES):
+        return RECIPES / "classification.yaml"
+    recipe = RECIPES / "digits" / f"{flag_value(argv, 'task')}.yaml"
+    return recipe if recipe.exists() else RECIPES / "digits" / "finetune.yaml"
 
 
 def start_processes(args: ClassificationArguments, recipe: Path) -> Path:
@@ -106,7 +137,7 @@ def start_processes(args: ClassificationArguments, recipe: Path) -> Path:
     # the main one may be long at converting or listing a data set, and the others wait for it
     PartialState(cpu=args.use_cpu, timeout=timedelta(hours=2))
     limit_cpu_threads(args.cpu_threads)
-    start_logging(precision(args.mixed_precision))
+    start_logging(precision(args.mixed_precision), recipe)
     resumes = args.resume_from_checkpoint is not None
     return on_main_process(lambda: claim_output_dir(args.output_dir, recipe, args.overwrite_output_dir, resumes))
 
@@ -119,13 +150,19 @@ class ClassificationRun:
         model_args: ModelArguments,
         data_args: ClassificationDataArguments,
         args: ClassificationArguments,
+        hub_args: HubArguments,
         model_fields: Mapping[str, Any],
         output_dir: Path,
     ):
-        self.model_args, self.data_args, self.args = model_args, data_args, args
+        self.model_args, self.data_args, self.args, self.hub_args = model_args, data_args, args, hub_args
         self.model_fields, self.output_dir = model_fields, output_dir
+        self.repo_id: str | None = None
         self.device = PartialState().device
         path = model_args.model_name_or_path
+        if path is not None and output_dir.resolve() in (Path(path).resolve(), *Path(path).resolve().parents):
+            raise ValueError(f"--output_dir {output_dir} holds the model that the run starts from: take another")
+        if path is not None and model_args.preset is not None:
+            raise RecipeError(f"--model_name_or_path {path} says how the model is built: leave --preset out")
         self.checkpoint = None if path is None else Checkpoint(path)
         config = self.config()
         self.image_size, self.num_channels = config.image_size_2d, config.num_channels
@@ -183,7 +220,7 @@ class ClassificationRun:
     def linear_probe(self) -> dict[str, Any]:
         """Trains linear classifiers on frozen features, one for each learning rate, and tests them."""
         names = class_names(self.training_images)
-        encoder = self.load_encoder()
+        encoder = self.load(MIMAEModel, self.config())
         probe = LinearProbe(
             encoder,
             feature_size=encoder.config.hidden_size,
@@ -219,9 +256,9 @@ class ClassificationRun:
     def knn(self) -> dict[str, Any]:
         """The weighted votes of the nearest training images."""
         names = class_names(self.training_images)
-        encoder = self.load_encoder()
+        encoder = self.load(MIMAEModel, self.config(latent_pooling=self.args.feature_pooling))
         label_map(self.held_out_images, names)  # raises before hours of work
-        self.clear_if_asked()
+        self.begin()
         train, test = self.features(encoder, self.training_images), self.features(encoder, self.held_out_images, names)
         accuracies = knn_accuracies(*train, *test, ks=self.args.knn_k, temperature=self.args.knn_temperature)
         best = max(accuracies, key=accuracies.__getitem__)
@@ -241,10 +278,10 @@ class ClassificationRun:
             )
         config = self.config()
         names = [config.id2label[i] for i in range(config.num_labels)]
-        model = self.load(MIMAEForImageClassification, config)
+        model = self.load(MIMAEForImageClassification, config, with_head=True)
         trainer, further = self.tester(model), self.robustness_tests(names)
         loader = self.evaluation_loader(self.held_out_images, names)
-        self.clear_if_asked()
+        self.begin()
         metrics, classes, targets = trainer.test(loader)
         return {
             "test_images": len(targets),
@@ -317,6 +354,7 @@ class ClassificationRun:
             raise ValueError(
                 "there are no images to test on: give --validation_split, --validation_dir or --validation_files"
             )
+        source.labels()  # all have one, or it is told now and not after the training
         return source
 
     def training_loader(self, transform: Transform, mixed: Mixing | None) -> ClassificationLoader:
@@ -362,6 +400,10 @@ class ClassificationRun:
         return self.evaluation_loader(self.held_out_images, names, transform)
 
     @property
+    def image_processor(self) -> ViTImageProcessor:
+        return build_image_processor(self.image_size, self.mean, self.std)
+
+    @property
     def evaluation_transform(self) -> nn.Module:
         return evaluation_transform(self.image_size, crop_ratio=self.args.evaluation_crop_ratio)
 
@@ -378,11 +420,13 @@ class ClassificationRun:
             raise ValueError("there is no model: give --model_name_or_path, or --preset to train one from scratch")
         return MIMAEConfig(**fields, **labels)
 
-    def load(self, model_class: type[MIMAEPreTrainedModel], config: MIMAEConfig) -> MIMAEPreTrainedModel:
-        """The model with the checkpoint's weights, or with random ones."""
+    def load(
+        self, model_class: type[MIMAEPreTrainedModel], config: MIMAEConfig, with_head: bool = False
+    ) -> MIMAEPreTrainedModel:
+        """The model with the checkpoint's weights, its head too if it must be there, or with random ones."""
         attention = self.model_args.attn_implementation
         if self.checkpoint is not None and not self.args.untrained:
-            model = self.checkpoint.load(model_class, config, attention)
+            model = self.checkpoint.load(model_class, config, attn_implementation=attention, with_head=with_head)
         else:
             logger.info("the model starts from random weights")
             config._attn_implementation = attention
@@ -446,13 +490,31 @@ class ClassificationRun:
         return ClassificationTrainer(
             model,
             self.training_arguments(schedule.total_steps, steps_per_epoch),
+            settings=self.settings(schedule),
             train_loader=loader,
             eval_loader=self.evaluation_loader(self.held_out_images, class_names(self.training_images)),
             optimizers=(optimizer, schedule_as_lambda(optimizer, schedule)),
             compute_metrics=compute_metrics,
+            processing_class=self.image_processor,  # every checkpoint has one
             callbacks=[MetricsLog(), BadImageLimit(loader, self.data_args.max_bad_image_fraction)],
             **options,
         )
+
+    def settings(self, schedule: WarmupCosine) -> dict[str, Any]:
+        """What a training's result follows from, as JSON holds it; a resumed one must have the same."""
+        settings = {
+            **self.model_fields,
+            **{name: getattr(self.args, name) for name in SETTINGS},
+            **{name: getattr(self.data_args, name) for name in ("min_crop_scale", "horizontal_flip")},
+            **{f"schedule.{name}": value for name, value in asdict(schedule).items()},
+            "images": self.training_images.fingerprint,
+            "shuffle_window": self.data_args.shuffle_window if self.training_images.reads_blocks else None,
+            "image_mean": self.mean,
+            "image_std": self.std,
+            "mixed_precision": precision(self.args.mixed_precision),
+            "processes": PartialState().num_processes,
+        }
+        return json.loads(json.dumps(settings))
 
     def training_arguments(
         self, total_steps: int, steps_per_epoch: int, eval_strategy: str = "steps"
@@ -489,16 +551,36 @@ class ClassificationRun:
         )
 
     def train_and_test(self, trainer: ClassificationTrainer) -> tuple[dict[str, float], np.ndarray, np.ndarray]:
-        """Trains, from a checkpoint of the run's folder if the flags say so, and tests what came of it."""
-        resume = self.args.resume_from_checkpoint
-        if resume == "latest" and (resume := get_last_checkpoint(self.output_dir)) is None:
-            raise ValueError(f"{self.output_dir} holds no checkpoint to resume from")
-        self.clear_if_asked()
-        trainer.train(resume_from_checkpoint=resume)
-        return trainer.test(trainer.eval_dataset)
+        """Trains, from a checkpoint of the run's folder if the flags say so, and tests what came of it.
 
-    def clear_if_asked(self) -> None:
-        """Deletes the run that the folder holds: not before all that the new one needs has been found good."""
+        Raises:
+            FloatingPointError: the loss is not finite; no model is saved.
+        """
+        checkpoint, step = None, 0
+        if self.args.resume_from_checkpoint is not None:
+            checkpoint, step = checkpoint_to_resume(
+                self.output_dir, self.args.resume_from_checkpoint, trainer.settings
+            )
+        self.begin()
+        if step < trainer.args.max_steps:
+            # dropped paths differ between processes; a checkpoint holds the random state of each
+            torch.manual_seed(self.args.seed + PartialState().process_index)
+            trainer.train(resume_from_checkpoint=checkpoint)
+        else:
+            logger.info("%s is of the last step: nothing is left to train", checkpoint)
+            trainer.take_over(checkpoint)
+        metrics, classes, targets = trainer.test(trainer.eval_dataset)
+        if not math.isfinite(metrics["loss"]):
+            raise FloatingPointError(
+                f"the loss on held-out images is {metrics['loss']}, and no model is saved; a lower learning rate may "
+                "help, a longer warm-up, or float32"
+            )
+        return metrics, classes, targets
+
+    def begin(self) -> None:
+        """Takes folder and repository into use: not before all that the run needs has been found good."""
+        hub = self.hub_args
+        self.repo_id = claim_repository(hub.push_to_hub, hub.hub_model_id, hub.hub_private_repo, self.output_dir)
         if self.args.overwrite_output_dir and self.args.resume_from_checkpoint is None:
             on_main_process(lambda: clear_output_dir(self.output_dir))
 
@@ -530,8 +612,7 @@ class ClassificationRun:
                 "num_workers": self.data_args.dataloader_num_workers,
             },
         )
-        places = None if names is None else label_map(source, names)
-        return features, labels if places is None else places[labels]
+        return features, labels if names is None else label_map(source, names)[labels]
 
     def pictured_features(self, model: nn.Module, names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Features and labels of a part of the held-out images, for their map."""
@@ -543,7 +624,7 @@ class ClassificationRun:
         """The model and its image processor, in the run's folder."""
         if PartialState().is_main_process:
             model.save_pretrained(self.output_dir)
-            build_image_processor(self.image_size, self.mean, self.std).save_pretrained(self.output_dir)
+            self.image_processor.save_pretrained(self.output_dir)
 
     def facts(self) -> dict[str, Any]:
         """What was done, to what, and on which machine."""
@@ -552,8 +633,7 @@ class ClassificationRun:
             "task": self.args.task,
             "model": self.model_args.model_name_or_path or self.model_args.preset or "a model of the recipe's sizes",
             "untrained": self.args.untrained,
-            "dataset": data_args.dataset_name
-            or ("local images" if data_args.train_dir or data_args.data_files else "digits"),
+            "dataset": "local images" if data_args.is_local else data_args.dataset_name or "digits",
             "training_images": None if self.args.task == "evaluate" else len(self.training_images),
             "seed": self.args.seed,
             "hardware": {"device": device_name(state.device), "processes": state.num_processes},
@@ -581,11 +661,20 @@ def numbered(names: Sequence[str]) -> dict[str, Any]:
     return {"id2label": dict(enumerate(names)), "label2id": {name: label for label, name in enumerate(names)}}
 
 
-def label_map(source: ImageSource, names: Sequence[str]) -> np.ndarray | None:
-    """The place in `names` of each label of the images; None where they have no names of their own, or the same."""
-    if source.label_names is None or list(source.label_names) == list(names):
-        return None
-    return np.array(class_positions(source.label_names, names))
+def label_map(source: ImageSource, names: Sequence[str]) -> np.ndarray:
+    """The place in `names` of each label of the images: by name, or the label itself where classes have no names.
+
+    Raises:
+        ValueError: a class that `names` does not have.
+    """
+    if source.label_names is not None and list(source.label_names) != list(names):
+        return np.array(class_positions(source.label_names, names))
+    highest = source.labels().max()
+    if highest >= len(names):
+        raise ValueError(
+            f"{source.name} has images of label {highest}, but the labels of the model end at {len(names) - 1}"
+        )
+    return np.arange(len(names))
 
 
 def metrics_on(loader: ClassificationEvaluationLoader, trainer: ClassificationTrainer) -> dict[str, float]:

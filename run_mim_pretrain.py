@@ -77,7 +77,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     config = build_config(model_args.model_type, model_args.preset, model_fields)
     accelerator, output_dir = start_processes(args, recipe)
-    repo_id = claim_repository(hub_args.push_to_hub, hub_args.hub_model_id, hub_args.hub_private_repo, output_dir)
     set_seed(args.seed)
     with accelerator.main_process_first():
         source, probe_source = data_args.open_split(data_args.train_split), data_args.open_held_out()
@@ -97,6 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def interval(steps: int | None, epochs: float) -> int:
         return steps or max(1, round(epochs * steps_per_epoch))
 
+    repo_id = claim_repository(hub_args.push_to_hub, hub_args.hub_model_id, hub_args.hub_private_repo, output_dir)
     if args.torch_compile:
         model.compile()
     checkpoints = CheckpointStore(output_dir, args.checkpoints_total_limit)
@@ -213,7 +213,7 @@ def start_processes(args: PretrainingArguments, recipe: Path) -> tuple[Accelerat
         project_config=ProjectConfiguration(project_dir=output_dir, logging_dir=output_dir / "tensorboard"),
     )
     limit_cpu_threads(args.cpu_threads)
-    start_logging(accelerator.mixed_precision)
+    start_logging(accelerator.mixed_precision, recipe)
     return accelerator, output_dir
 
 
@@ -266,8 +266,6 @@ def build_schedule(
         schedule.peak,
         schedule.warmup_steps,
     )
-    if schedule.warmup_steps >= schedule.total_steps:
-        logger.warning("the run ends within its warm-up")
     return schedule
 
 

@@ -86,6 +86,11 @@ class DataArguments:
         self._check_one_place()
         self._check_ranges()
 
+    @property
+    def is_local(self) -> bool:
+        """Whether the images, for training or for validation, lie in files or folders that the flags name."""
+        return bool(self.train_dir or self.data_files or self.validation_dir or self.validation_files)
+
     def open_split(self, split: str) -> ImageSource:
         """One split of the images that the flags name; see `open_image_source`."""
         return self._open(

@@ -35,11 +35,11 @@ def knn_accuracies(
     Args:
         train_features, test_features: (n, D).
         train_labels, test_labels: (n,), class indices.
-        ks: numbers of neighbours that vote; all of them where there are fewer.
+        ks: numbers of neighbours that vote; all training images where there are fewer.
         temperature: small lets the nearest decide, large counts heads.
 
     Returns:
-        for each k the fraction of test images classified right, in [0, 1].
+        for each number of neighbours that voted the fraction of test images classified right, in [0, 1].
 
     Raises:
         ValueError: a set is empty, features and labels do not belong together, or a k is below 1.
@@ -53,7 +53,8 @@ def knn_accuracies(
     # On the unit sphere similarity = 1 - distance² / 2; relative to the nearest's, exp cannot overflow.
     weight = np.exp((distance[:, :1] ** 2 - distance**2) / (2 * temperature))
     label = train_labels[neighbor]
-    return {k: float(np.mean(_vote(label[:, :k], weight[:, :k]) == test_labels)) for k in ks}
+    used = sorted({min(k, len(train_features)) for k in ks})
+    return {k: float(np.mean(_vote(label[:, :k], weight[:, :k]) == test_labels)) for k in used}
 
 
 def _vote(label: np.ndarray, weight: np.ndarray) -> np.ndarray:
@@ -73,9 +74,9 @@ def knn_accuracy(
     temperature: float = 0.07,
 ) -> float:
     """`knn_accuracies` for one k."""
-    return knn_accuracies(train_features, train_labels, test_features, test_labels, ks=(k,), temperature=temperature)[
-        k
-    ]
+    features = (train_features, train_labels, test_features, test_labels)
+    (accuracy,) = knn_accuracies(*features, ks=(k,), temperature=temperature).values()
+    return accuracy
 
 
 def linear_probe_accuracy(

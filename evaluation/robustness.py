@@ -100,9 +100,9 @@ def class_positions(classes: Sequence[str], label_names: Sequence[str]) -> list[
     missing = [name for name in classes if name not in position]
     if missing:
         raise ValueError(
-            f"{len(missing)} of {len(classes)} classes are not among the {len(label_names)} labels "
-            f"({some(label_names, 3)}): {some(missing, NAMED)}. Evaluate a model whose id2label has these names; "
-            "for ImageNet's offspring also one with any 1,000 names in the order of the sorted wnids"
+            f"{len(missing)} of {len(classes)} classes of the images are not among the {len(label_names)} labels "
+            f"({some(label_names, 3)}): {some(missing, NAMED)}. Take images of the classes that there are, or a model "
+            "that knows these; the wnids of ImageNet also fit any 1,000 labels, in their order"
         )
     return [position[name] for name in classes]
 

@@ -1,5 +1,6 @@
 """Model cards: made from a run's recipe and its metrics, and from nothing else."""
 
+import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -156,6 +157,8 @@ def write_classification_card(folder: str | os.PathLike, *, results: Mapping[str
         ),
         title=title,
         making=MAKING[results["task"]],
+        is_grey=_is_grey(Path(folder)),
+        crop=_crop(recipe.get("evaluation_crop_ratio")),
         **_record(folder, {**results, "start": start}, CLASSIFICATION_FACT_NAMES, recipe, pictures),
         metrics=[(METRIC_NAMES.get(key, key), _figure(key, metrics.get(key))) for key in {**METRIC_NAMES, **metrics}],
         test_sets=[
@@ -164,6 +167,18 @@ def write_classification_card(folder: str | os.PathLike, *, results: Mapping[str
         ],
         corruption_tables=[(TEST_SET_NAMES[key], _corruptions(table)) for key, table in corruption_tables.items()],
     )
+
+
+def _is_grey(folder: Path) -> bool:
+    config = folder / "config.json"
+    return config.is_file() and json.loads(config.read_text("utf-8")).get("num_channels") == 1
+
+
+def _crop(ratio: float | None) -> str:
+    """The processor that lies beside the model crops nothing, so other figures are to be expected of it."""
+    if ratio in (None, 1):
+        return ""
+    return f", of which the middle {100 * ratio:g} % of each side was seen (the image processor takes all of it)"
 
 
 def write_backbone_card(

@@ -13,7 +13,7 @@ import logging
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal, get_args
@@ -22,7 +22,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import OfflineModeIsEnabled
 from transformers.dynamic_module_utils import get_relative_import_files
 
-from .export import export_checkpoint
+from .export import export, load_source
 from .model_card import write_backbone_card
 from .privacy import holds_token, public
 from .uploads import TRANSIENT_ERRORS, Files, Uploader, explain, may_pass
@@ -124,6 +124,7 @@ def push_checkpoint(
     try:
         if branch == "main":
             raise ValueError("the encoder's branch cannot be main, where the model lies: name another")
+        files_to_push(Path(folder), repo_id, token)  # what is wrong with them is found before a repository is made
         url = uploader.create(repo_id)
         report.repo_id = url.repo_id
         uploader.commit(url.repo_id, files_to_push(Path(folder), url.repo_id, token))
@@ -206,7 +207,10 @@ def _push_backbone(uploader: Uploader, folder: Path, report: PushReport, branch:
     with TemporaryDirectory() as scratch:
         exported = Path(scratch) / "backbone"
         try:
-            export_checkpoint(folder, exported, to="vit")
+            source = load_source(folder)
+            if source.is_classifier and source.model.config.classifier_pooling == "cls":
+                source = replace(source, model=source.model.base_model)  # the head stays with the model
+            export(source, exported, to="vit")
         except ValueError as error:
             report.note = f"no backbone: {error}"
             return

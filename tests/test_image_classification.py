@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +20,7 @@ from sklearn.datasets import load_digits
 from mimae import MIMAEConfig, MIMAEForImageClassification
 from mimae.data.sources import open_digits
 from mimae.evaluation.robustness import CORRUPTIONS, imagenet_a_wnids, imagenet_wnids
-from mimae.run_image_classification import RECIPES, main
+from mimae.run_image_classification import RECIPES, default_recipe, main
 from mimae.training.arguments import RecipeError
 from mimae.training.bad_images import TooManyBadImagesError
 from mimae.training.warm_start import Checkpoint, UnfitCheckpointError
@@ -361,3 +363,119 @@ def test_too_many_bad_images_end_a_training_and_a_few_are_left_out_of_a_test(cla
         run("finetune", pretrained, tmp_path / "run", max_train_steps=9, **values)
     results = run("evaluate", classifier, tmp_path / "test", **values)
     assert results["test_images"] == 9
+
+
+# --- what can go wrong in between -----------------------------------------------------------------------------------
+
+
+def test_latest_is_the_newest_checkpoint_that_is_whole(classifier, pretrained, tmp_path):
+    folder = tmp_path / "run"
+    run("finetune", pretrained, folder, max_train_steps=8, checkpointing_steps=3, drop_path_rate=0.0)
+    expected = load_file(folder / "model.safetensors")
+    damaged = folder / "checkpoint-6" / "model.safetensors"  # as a kill while saving leaves it
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    (folder / "checkpoint-7").mkdir()
+    for name in ("model.safetensors", "checkpoint-8"):
+        path = folder / name
+        (shutil.rmtree if path.is_dir() else Path.unlink)(path)
+    resumed = flags("finetune", pretrained, folder, "--resume_from_checkpoint", "latest", max_train_steps=8)
+    with pytest.raises(ValueError, match=r"drop_path_rate: 0.0 then, 0.1 now"):
+        main(resumed)
+    assert main([*resumed, "--drop_path_rate", "0.0", "--checkpointing_steps", "3"]) == 0
+    assert min(logged(folder, "loss")) == 1
+    again = load_file(folder / "model.safetensors")
+    assert all(torch.equal(again[name], expected[name]) for name in expected)
+    assert not (folder / "checkpoint-7").exists()
+
+
+@pytest.mark.parametrize(("name", "value"), [("seed", 7), ("base_learning_rate", 1.0), ("train_fraction", 0.5)])
+def test_a_run_is_not_resumed_with_other_settings(classifier, pretrained, name, value):
+    argv = flags("finetune", pretrained, classifier, "--resume_from_checkpoint", "latest", max_train_steps=8)
+    with pytest.raises(ValueError, match="other settings"):
+        main([*argv, f"--{name}", str(value)])
+
+
+def test_resuming_a_finished_run_changes_no_weight(pretrained, tmp_path):
+    folder, values = tmp_path / "run", {"max_train_steps": 5, "ema_decay": 0.5}
+    first = run("finetune", pretrained, folder, **values)
+    expected = load_file(folder / "model.safetensors")
+    (folder / "results.json").unlink()
+    second = run("finetune", pretrained, folder, "--resume_from_checkpoint", "latest", **values)
+    again = load_file(folder / "model.safetensors")
+    assert all(torch.equal(again[name], expected[name]) for name in expected)
+    assert second["metrics"] == first["metrics"]
+    assert max(logged(folder, "loss")) == 5
+
+
+def test_a_model_that_diverged_is_not_saved(pretrained, tmp_path):
+    values = {"max_train_steps": 3, "logging_steps": 100, "base_learning_rate": 1e30, "evaluation_steps": 100}
+    with pytest.raises(FloatingPointError, match="learning rate"):
+        run("finetune", pretrained, tmp_path / "run", **values)
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+    assert not (tmp_path / "run" / "results.json").exists()
+
+
+def test_a_checkpoint_of_a_run_is_evaluated_with_the_runs_own_statistics(pretrained, tmp_path):
+    values = {"image_mean": [0.9, 0.1, 0.5], "image_std": [0.1, 0.5, 0.25], "max_train_steps": 4}
+    expected = run("finetune", pretrained, tmp_path / "run", **values)
+    found = run("evaluate", tmp_path / "run" / "checkpoint-4", tmp_path / "test")
+    assert found["metrics"] == pytest.approx(expected["metrics"], rel=1e-6)
+
+
+def test_a_model_of_grey_images_works_as_its_card_says(tmp_path):
+    assert pretrain(tmp_path / "pretrained", max_train_steps=2, probe_samples=0, num_channels=1) == 0
+    run("finetune", tmp_path / "pretrained", tmp_path / "run", max_train_steps=2)
+    (snippet,) = re.findall(r"```python\n(.*?)```", (tmp_path / "run" / "README.md").read_text(), flags=re.DOTALL)
+    names = {"image": Image.effect_noise((20, 20), 64).convert("RGB")}
+    exec(snippet.replace("REPOSITORY_OR_FOLDER_OF_THIS_CARD", str(tmp_path / "run")), names)
+    assert names["model"].config.id2label[names["label"]] in "0123456789"
+
+
+@pytest.mark.parametrize("task", ["linear_probe", "knn"])
+def test_frozen_features_of_a_classifier_without_its_last_norm_are_refused(task, classifier, tmp_path):
+    with pytest.raises(UnfitCheckpointError, match="no last LayerNorm: take the checkpoint that it was made from"):
+        main(flags(task, classifier, tmp_path / "run"))
+
+
+def test_a_folder_that_holds_a_model_is_not_written_into(classifier, pretrained, tmp_path):
+    before = (classifier / "model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="holds the model that the run starts from"):
+        main(flags("evaluate", classifier, classifier, "--overwrite_output_dir"))
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="holds another run, or a model"):
+        main(flags("knn", pretrained, tmp_path))
+    assert (classifier / "model.safetensors").read_bytes() == before
+
+
+def test_a_wrong_flag_deletes_nothing(pretrained, tmp_path):
+    run("knn", pretrained, tmp_path / "run")
+    with pytest.raises(ValueError, match="no/such/folder"):
+        main(flags("knn", pretrained, tmp_path / "run", "--overwrite_output_dir", validation_dir="no/such/folder"))
+    assert (tmp_path / "run" / "results.json").exists()
+
+
+def test_held_out_images_without_labels_are_refused_before_training(pretrained, tmp_path):
+    write_classes(tmp_path / "images", {"one": 3})
+    with pytest.raises(ValueError, match="has no labels"):
+        main(flags("finetune", pretrained, tmp_path / "run", validation_dir=tmp_path / "images" / "one"))
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_without_a_recipe_the_task_chooses_it_and_other_images_get_the_plain_one():
+    assert default_recipe(["--task", "knn"]).name == "knn.yaml"
+    assert default_recipe([]) == RECIPES / "digits" / "finetune.yaml"
+    assert default_recipe(["--task", "knn", "--train_dir", "x"]) == RECIPES / "classification.yaml"
+
+
+def test_a_probe_of_two_processes_is_one_model(pretrained, tmp_path):
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    values = {"max_train_steps": 6, "per_device_train_batch_size": 64, "probe_learning_rates": [100.0]}
+    command = [sys.executable, *launcher, str(SCRIPT), *flags("linear_probe", pretrained, tmp_path / "two", **values)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-4000:]
+    two = json.loads((tmp_path / "two" / "results.json").read_text())
+    one = run("evaluate", tmp_path / "two", tmp_path / "one")
+    # each process has statistics of its own while training; what is tested must be what is saved
+    assert one["metrics"]["loss"] == pytest.approx(two["metrics"]["loss"], rel=1e-4)
+    assert one["metrics"]["accuracy"] == pytest.approx(two["metrics"]["accuracy"], abs=1e-9)

@@ -112,7 +112,9 @@ def test_the_loss_of_a_restricted_classifier_is_that_of_its_classes():
 def test_classes_that_a_model_does_not_have_are_named():
     with pytest.raises(ValueError, match=r"200 of 200 classes.*10 labels \(0, 1, 2 and 7 more\): n01498041, .* more"):
         class_positions(imagenet_a_wnids(), [str(digit) for digit in range(10)])
-    with pytest.raises(ValueError, match=r"1 of 2 classes are not among the 2 labels \(cat, dog\): bird"):
+    with pytest.raises(
+        ValueError, match=r"1 of 2 classes of the images are not among the 2 labels \(cat, dog\): bird"
+    ):
         class_positions(["cat", "bird"], ["cat", "dog"])
     # a thousand names that are wnids, but not all of ImageNet-1k's, are not taken by position
     with pytest.raises(ValueError, match=r"1 of 200 classes.*n01498041"):

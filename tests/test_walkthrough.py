@@ -20,7 +20,7 @@ SHORTER = {
     "knn.yaml": ["--cpu_threads", "1"],
     "linear_probe.yaml": TRAINING,
     "finetune.yaml": TRAINING,
-    "robustness.yaml": ["--corruptions", "gaussian_noise", "contrast", "--cpu_threads", "1"],
+    "evaluate.yaml": ["--corruptions", "gaussian_noise", "contrast", "--cpu_threads", "1"],
 }
 WITHOUT_THE_PACKAGE = """
 import sys
@@ -79,7 +79,7 @@ def test_the_walkthrough_leads_from_nothing_to_the_hub_and_back(tmp_path, enviro
         (tmp_path / name).symlink_to(ROOT / name)
     said = [run(command, tmp_path, environment) for command in commands()]
 
-    for task in ("knn", "knn-untrained", "linear_probe", "finetune", "robustness"):
+    for task in ("knn", "knn-untrained", "linear_probe", "finetune", "evaluate"):
         assert (tmp_path / "outputs" / f"digits-{task}" / "results.json").exists()
     assert "gaussian noise" in said[5]
     assert {path.name for path in (tmp_path / "exports").iterdir()} == {"vit", "timm.safetensors", "mae.pth", "mimae"}

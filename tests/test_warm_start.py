@@ -5,7 +5,16 @@ import logging
 import pytest
 import torch
 from references import TINY
-from transformers import BertConfig, BertModel, ViTConfig, ViTImageProcessor, ViTMAEConfig, ViTMAEModel, ViTModel
+from transformers import (
+    BertConfig,
+    BertModel,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessor,
+    ViTMAEConfig,
+    ViTMAEModel,
+    ViTModel,
+)
 
 from mimae import MIMAEConfig, MIMAEForImageClassification, MIMAEForPreTraining, MIMAEModel
 from mimae.modeling_mimae import interpolate_positions
@@ -78,8 +87,7 @@ def test_a_classifier_keeps_its_head_for_the_same_classes_and_gets_a_new_one_for
     model.save_pretrained(tmp_path)
     checkpoint = Checkpoint(str(tmp_path))
     assert checkpoint.is_classifier
-    assert checkpoint.encoder_class is MIMAEForImageClassification
-    same = checkpoint.load(MIMAEForImageClassification, checkpoint.config({}))
+    same = checkpoint.load(MIMAEForImageClassification, checkpoint.config({}), with_head=True)
     assert torch.equal(same.classifier.weight, model.classifier.weight)
     assert same.config.id2label == LABELS["id2label"]
 
@@ -95,8 +103,32 @@ def test_a_checkpoint_that_lacks_a_part_of_the_encoder_is_refused(tmp_path):
     # of a classifier on averaged patches the encoder's last norm is gone
     MIMAEForImageClassification(MIMAEConfig(**TINY)).save_pretrained(tmp_path)
     checkpoint = Checkpoint(str(tmp_path))
-    with pytest.raises(UnfitCheckpointError, match=r"lacks 2 weights of the encoder.*layernorm"):
+    with pytest.raises(UnfitCheckpointError, match=r"lacks 2 weights.*layernorm"):
         checkpoint.load(MIMAEForImageClassification, checkpoint.config({"classifier_pooling": "cls"}))
+
+
+def test_the_stock_vits_classifier_is_taken_for_what_it_is(tmp_path):
+    stock = ViTForImageClassification(ViTConfig(**STOCK, num_labels=5)).eval()
+    torch.nn.init.normal_(stock.classifier.weight)
+    stock.save_pretrained(tmp_path)
+    checkpoint = Checkpoint(str(tmp_path))
+    model = checkpoint.load(MIMAEForImageClassification, checkpoint.config({}), with_head=True).eval()
+    pixel_values = torch.randn(2, 3, 16, 16)
+    torch.testing.assert_close(model(pixel_values).logits, stock(pixel_values).logits)
+
+
+def test_a_head_that_must_be_there_is_missed(tmp_path):
+    checkpoint, _ = saved(tmp_path, "mimae")
+    with pytest.raises(UnfitCheckpointError, match=r"lacks 4 weights.*classifier"):
+        checkpoint.load(MIMAEForImageClassification, checkpoint.config({}), with_head=True)
+
+
+def test_a_file_that_is_cut_short_is_named(tmp_path):
+    checkpoint, _ = saved(tmp_path, "mimae")
+    path = tmp_path / "mimae" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(UnfitCheckpointError, match="cannot be read"):
+        checkpoint.load(MIMAEModel, checkpoint.config({}))
 
 
 def test_half_precision_checkpoints_are_trained_in_float32(tmp_path):

@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import difflib
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -191,11 +190,11 @@ def parse_arguments(
     for name in config_fields(config_class):
         model_group.add_argument(f"--{name}", type=_parse_value, default=argparse.SUPPRESS)
 
-    recipe_path = _config_flag(argv, default_recipe)
+    recipe_path = Path(flag_value(argv, "config") or default_recipe)
     recipe = read_recipe(recipe_path)
     check_recipe(recipe, groups, config_class)
     fields = set(config_fields(config_class))
-    if any(_is_given(argv, place) for place in PLACES):
+    if any(flag_value(argv, place) is not None for place in PLACES):
         recipe = {key: value for key, value in recipe.items() if key not in DATA_KEYS}
     parser.set_defaults(**{key: value for key, value in recipe.items() if key not in fields})
     *instances, rest, unknown = parser.parse_args_into_dataclasses(
@@ -233,15 +232,11 @@ def _did_you_mean(name: str, known: list[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def _config_flag(argv: Sequence[str] | None, default: Path) -> Path:
+def flag_value(argv: Sequence[str] | None, name: str) -> str | None:
+    """What the command line gives a flag, before anything is parsed; None where it is not there."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config", type=Path, default=default)
-    return parser.parse_known_args(argv)[0].config
-
-
-def _is_given(argv: Sequence[str] | None, name: str) -> bool:
-    arguments = sys.argv[1:] if argv is None else argv
-    return any(argument.split("=")[0] == f"--{name}" for argument in arguments)
+    parser.add_argument(f"--{name}")
+    return getattr(parser.parse_known_args(argv)[0], name)
 
 
 def _parse_value(text: str) -> Any:

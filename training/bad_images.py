@@ -1,5 +1,6 @@
 """Images that could not be decoded: named in `bad_images.jsonl`, counted once each, and a bound on their share."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from ..data.classification import ClassificationLoader
 from ..data.words import some
 from .jsonl import append_jsonl, keep_jsonl, read_jsonl
+
+logger = logging.getLogger(__name__)
 
 
 class TooManyBadImagesError(RuntimeError):
@@ -26,6 +29,7 @@ class BadImageLimit(TrainerCallback):
 
     def __init__(self, loader: ClassificationLoader, max_fraction: float):
         self._loader, self._max_fraction = loader, max_fraction
+        self._count = 0
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -35,6 +39,9 @@ class BadImageLimit(TrainerCallback):
         if PartialState().num_processes > 1:
             bad_images = gather_object(bad_images)
         count, num_images = len(set(bad_images)), len(self._loader.dataset.source)
+        if count > self._count and state.is_world_process_zero:
+            logger.warning("%d training image(s) could not be decoded and were replaced: %s", count, some(bad_images))
+        self._count = count
         if count > self._max_fraction * num_images:
             raise TooManyBadImagesError(
                 f"{count} of {num_images} training images cannot be decoded, more than --max_bad_image_fraction "

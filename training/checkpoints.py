@@ -73,7 +73,7 @@ class CheckpointStore:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
             write(partial)
-            _seal(partial)
+            seal(partial)
             if folder.exists():
                 logger.warning("%s was damaged and is replaced", folder)
                 _discard(folder)
@@ -198,8 +198,8 @@ def _sha256(path: Path) -> str:
         return file_digest(file, "sha256").hexdigest()
 
 
-def _seal(folder: Path) -> None:
-    """Bring every file to the disk, then the manifest that vouches for them, then the folders that name them."""
+def seal(folder: Path) -> None:
+    """Bring every file to the disk, then the manifest that `verify` reads, then the folders that name them."""
     files = {}
     for name in _file_names(folder):
         _sync(folder / name)
@@ -346,6 +346,22 @@ def _check_same_parameters(
         shown = "; ".join(differences[:5]) + (f"; and {len(differences) - 5} more" if len(differences) > 5 else "")
         raise CheckpointError(
             f"{folder} is a checkpoint of another model: {shown}. Resume with the config that the checkpoint holds"
+        )
+
+
+def refuse_other_settings(saved: dict[str, Any], current: dict[str, Any]) -> None:
+    """A resumed run must have the settings that its result follows from.
+
+    Raises:
+        ValueError: names each key that differs, with both values.
+    """
+    missing = object()
+    keys = [k for k in {**saved, **current} if saved.get(k, missing) != current.get(k, missing)]
+    if keys:
+        differences = "; ".join(f"{k}: {saved.get(k, 'unset')} then, {current.get(k, 'unset')} now" for k in keys)
+        raise ValueError(
+            f"the checkpoint's run had other settings ({differences}). Resume with the same, or start a run of its "
+            "own from these weights with --model_name_or_path"
         )
 
 

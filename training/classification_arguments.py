@@ -32,13 +32,15 @@ class ClassificationDataArguments(DataArguments):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.samples_per_epoch is not None:
+            raise RecipeError("samples_per_epoch is for pre-training: see train_fraction")
         if self.train_fraction is not None and not 0 < self.train_fraction <= 1:
             raise RecipeError(f"train_fraction={self.train_fraction} must lie above 0 and at most at 1")
         if self.train_fraction is not None and self.train_subset_file is not None:
             raise RecipeError("train_fraction and train_subset_file both choose training images: give one of them")
         if unknown := set(self.corruptions or ()) - {*CORRUPTIONS, ALL_CORRUPTIONS}:
             raise RecipeError(f"corruptions: no {sorted(unknown)}; there are {', '.join(CORRUPTIONS)}, or all")
-        if self.corruptions == [ALL_CORRUPTIONS]:
+        if ALL_CORRUPTIONS in (self.corruptions or ()):
             self.corruptions = list(CORRUPTIONS)
 
 
@@ -83,6 +85,8 @@ class ClassificationArguments(RunArguments):
         self._check("above 0 and at most 1", lambda value: 0 < value <= 1, "layer_decay")
         self._check("in 0..1, below 1", lambda value: 0 <= value < 1, "label_smoothing", "ema_decay")
         self._check("in 0..1", lambda value: 0 <= value <= 1, "random_erasing")
+        if self.task == "linear_probe" and self.max_grad_norm is not None:
+            raise RecipeError("max_grad_norm would let one head of the probe slow down the others: leave it out")
         self._check("positive numbers", lambda values: values and min(values) > 0, "probe_learning_rates", "knn_k")
 
     @property

@@ -6,17 +6,16 @@ from typing import Any
 
 import numpy as np
 
-from ..evaluation.pictures import save_confusion_matrix, save_feature_map
+from ..evaluation.pictures import MOST_CLASSES, save_confusion_matrix, save_feature_map
 from ..evaluation.robustness import corruption_markdown
 from ..hub.model_card import write_classification_card
 from .checkpoints import write_json
 from .curves import CLASSIFICATION_PANELS, save_curves
-from .metrics_log import FILE_NAME
+from .metrics_log import METRICS_FILE
 from .results import package_versions, source_commit
 
 RESULTS_FILE = "results.json"
 PICTURES = ("curves.png", "confusion_matrix.png", "features.png")
-MOST_CLASSES = 1000  # of a confusion matrix
 CORRUPTION_TABLES = ("imagenet_c", "corruptions")
 
 
@@ -58,11 +57,9 @@ def write_classification_results(
         save_confusion_matrix(*predictions, label_names, output_dir / "confusion_matrix.png")
     if features is not None:
         save_feature_map(*features, label_names, output_dir / "features.png", seed=facts["seed"])
-    if (output_dir / FILE_NAME).exists():
-        save_curves(output_dir / FILE_NAME, output_dir / "curves.png", panels=CLASSIFICATION_PANELS)
-    pictures = [
-        name for name in ("curves.png", "confusion_matrix.png", "features.png") if (output_dir / name).exists()
-    ]
+    if (output_dir / METRICS_FILE).exists():
+        save_curves(output_dir / METRICS_FILE, output_dir / "curves.png", panels=CLASSIFICATION_PANELS)
+    pictures = [name for name in PICTURES if (output_dir / name).exists()]
     if (output_dir / "config.json").exists():
         write_classification_card(output_dir, results=results, pictures=pictures)
     return describe(results, output_dir, pictures)

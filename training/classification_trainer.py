@@ -5,11 +5,13 @@ Shapes: B images in a batch, n in a set, K classes. A model with several heads h
 
 import contextlib
 import math
+import os
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import broadcast
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import (
@@ -26,6 +28,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from ..data.classification import IGNORED_LABEL
 from ..evaluation.metrics import ranked_classes
 from .averaging import WeightAverage
+from .sealed_checkpoints import SealedCheckpoints
 
 
 class ClassificationTrainer(Trainer):
@@ -41,6 +44,7 @@ class ClassificationTrainer(Trainer):
         eval_loader: the same with int64 labels; what `args.eval_strategy` evaluates on.
         compute_metrics: of an `EvalPrediction` with `predictions` (n, 5), the classes of each image, best first (fewer
             where there are fewer classes; (n, heads, 5) with several heads), and `label_ids` (n,); padding is gone.
+        settings: what the result follows from, as JSON holds it: see `SealedCheckpoints`.
         average_decay: evaluate, and end with, averaged weights: see `WeightAverage`. None: the weights as trained.
 
     Raises:
@@ -57,6 +61,7 @@ class ClassificationTrainer(Trainer):
         train_loader: DataLoader | None = None,
         eval_loader: DataLoader | None = None,
         compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
+        settings: dict[str, Any] | None = None,
         average_decay: float | None = None,
         **trainer_options: Any,
     ):
@@ -77,6 +82,8 @@ class ClassificationTrainer(Trainer):
         if average_decay is not None:
             self.weight_average = WeightAverage(self.model, average_decay)
             self.add_callback(self.weight_average)
+        self.settings = settings or {}
+        self.add_callback(SealedCheckpoints(self.settings))  # the last one: what it seals must not change
 
     def get_train_dataloader(self) -> DataLoader:
         """The training loader as it was given."""
@@ -104,8 +111,20 @@ class ClassificationTrainer(Trainer):
         metrics = self.compute_metrics(EvalPrediction(output.predictions, output.label_ids))
         return metrics, classes[is_image], output.label_ids[is_image]
 
+    def take_over(self, checkpoint: str | os.PathLike) -> None:
+        """Ends as the run did that finished at this checkpoint: with its weights, or with their average."""
+        self._load_from_checkpoint(str(checkpoint))
+        if self.weight_average:
+            self.model.load_state_dict(self.weight_average.state_dict())
+
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        """As in Trainer, with the averaged weights where they are kept."""
+        """As in Trainer, with the averaged weights where they are kept, and the main process's running statistics.
+
+        DDP brings these together in training passes only: without it each process would test a model of its own.
+        """
+        if self.args.world_size > 1:
+            for buffer in self.model.buffers():
+                broadcast(buffer)  # in place
         with self.weight_average.applied_to(self.model) if self.weight_average else contextlib.nullcontext():
             return super().evaluation_loop(*args, **kwargs)
 
@@ -128,9 +147,10 @@ class StopAtNonFiniteLoss(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Raises: FloatingPointError, on all processes alike, because the logged loss is their mean."""
-        if not math.isfinite(logs.get("loss", 0.0)):
+        losses = [logs[name] for name in ("loss", "train_loss", "eval_loss") if name in logs]
+        if not all(map(math.isfinite, losses)):
             raise FloatingPointError(
-                f"the loss was {logs['loss']} by step {state.global_step}. A lower learning rate, a longer warm-up or "
+                f"the loss was {losses[0]} by step {state.global_step}. A lower learning rate, a longer warm-up or "
                 "a max_grad_norm may help, or bf16 or float32 in place of fp16; go on from a checkpoint before it"
             )
 

@@ -10,7 +10,7 @@ from .jsonl import append_jsonl, keep_jsonl
 
 logger = logging.getLogger(__name__)
 
-FILE_NAME = "metrics.jsonl"
+METRICS_FILE = "metrics.jsonl"
 TIMINGS = ("_runtime", "_per_second")  # of Trainer: noise, and no result
 
 
@@ -22,7 +22,7 @@ class MetricsLog(TrainerCallback):
     ) -> None:
         """Drops what was logged after the step that the run goes on from."""
         if state.is_world_process_zero:
-            keep_jsonl(Path(args.output_dir) / FILE_NAME, lambda entry: entry["step"] <= state.global_step)
+            keep_jsonl(Path(args.output_dir) / METRICS_FILE, lambda entry: entry["step"] <= state.global_step)
 
     def on_log(
         self,
@@ -37,6 +37,6 @@ class MetricsLog(TrainerCallback):
         if not state.is_world_process_zero:
             return
         numbers = {name: value for name, value in logs.items() if not name.endswith(TIMINGS)}
-        append_jsonl(Path(args.output_dir) / FILE_NAME, [{"step": state.global_step, **numbers}])
+        append_jsonl(Path(args.output_dir) / METRICS_FILE, [{"step": state.global_step, **numbers}])
         words = "  ".join(f"{name} {value:.4g}" for name, value in numbers.items())
         logger.info("step %d/%d  %s", state.global_step, state.max_steps, words)

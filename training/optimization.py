@@ -1,5 +1,6 @@
 """Learning rate, parameter groups, and the update of one step."""
 
+import logging
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -8,6 +9,8 @@ import torch
 from timm.optim import param_groups_weight_decay
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
+
+logger = logging.getLogger(__name__)
 
 # parameters with more than one dimension that are vectors in kind (models_vit.py of the official MAE)
 UNDECAYED_TOKENS = ("cls_token", "position_embeddings")
@@ -35,6 +38,10 @@ class WarmupCosine:
     final: float
     warmup_steps: int
     total_steps: int
+
+    def __post_init__(self):
+        if self.warmup_steps >= self.total_steps:
+            logger.warning("the run of %d steps ends within its warm-up of %d", self.total_steps, self.warmup_steps)
 
     def __call__(self, step: int) -> float:
         if step < self.warmup_steps:

@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -29,7 +30,7 @@ def limit_cpu_threads(cpu_threads: int | None) -> None:
         torch.set_num_threads(max(1, cpu_threads // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
-def start_logging(mixed_precision: str) -> None:
+def start_logging(mixed_precision: str, recipe: Path) -> None:
     """Logs from the main process, errors from all; the first line says how many processes there are."""
     state = PartialState()
     logging.basicConfig(
@@ -42,3 +43,4 @@ def start_logging(mixed_precision: str) -> None:
     logger.info(
         "world size %d on %s, precision %s, mimae %s", state.num_processes, state.device, mixed_precision, __version__
     )
+    logger.info("recipe %s", recipe)

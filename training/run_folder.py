@@ -24,7 +24,7 @@ RUN_FOLDERS = ("reconstructions", "tensorboard", "runs")
 
 
 class OutputDirNotEmptyError(ValueError):
-    """The output folder holds another run."""
+    """The output folder holds another run, or a model."""
 
 
 def claim_output_dir(requested: str | None, recipe: Path, overwrite: bool, resume: bool) -> Path:
@@ -47,7 +47,7 @@ def claim_output_dir(requested: str | None, recipe: Path, overwrite: bool, resum
     CheckpointStore(folder, total_limit=None).remove_partials()
     if holds_run(folder) and not overwrite and not resume:
         raise OutputDirNotEmptyError(
-            f"{folder} holds another run. Go on with it: --resume_from_checkpoint latest; delete it: "
+            f"{folder} holds another run, or a model. Go on with it: --resume_from_checkpoint latest; delete it: "
             "--overwrite_output_dir; or choose another --output_dir"
         )
     return folder
@@ -70,8 +70,9 @@ def clear_output_dir(folder: Path) -> None:
 
 
 def holds_run(folder: Path) -> bool:
-    """Whether a run has begun here: it has logged a step, saved one, or left its results."""
-    return any((folder / name).exists() for name in ("metrics.jsonl", "results.json")) or bool(_checkpoints(folder))
+    """Whether a run has begun here, or a model lies here."""
+    signs = ("metrics.jsonl", "results.json", "config.json")
+    return any((folder / name).exists() for name in signs) or bool(_checkpoints(folder))
 
 
 def _checkpoints(folder: Path) -> list[Path]:

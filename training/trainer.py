@@ -27,6 +27,7 @@ from .checkpoints import (
     load_tensors,
     random_state,
     read_json,
+    refuse_other_settings,
     save_optimizer,
     set_random_state,
     write_json,
@@ -289,19 +290,3 @@ class Pretrainer:
             set_random_state(process_state)
             self.meter.load_window(process_state["meter"])
         logger.info("resumed from %s: %s", checkpoint, self.progress)
-
-
-def refuse_other_settings(saved: dict[str, Any], current: dict[str, Any]) -> None:
-    """A resumed run must have the settings that its result follows from.
-
-    Raises:
-        ValueError: names each key that differs, with both values.
-    """
-    missing = object()
-    keys = [k for k in {**saved, **current} if saved.get(k, missing) != current.get(k, missing)]
-    if keys:
-        differences = "; ".join(f"{k}: {saved.get(k, 'unset')} then, {current.get(k, 'unset')} now" for k in keys)
-        raise ValueError(
-            f"the checkpoint's run had other settings ({differences}). Resume with the same, or start a run of its "
-            "own from these weights with --model_name_or_path"
-        )

@@ -9,10 +9,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoImageProcessor, PreTrainedConfig
 
 from ..configuration_mimae import MIMAEConfig
-from ..modeling_mimae import MIMAEForImageClassification, MIMAEModel, MIMAEPreTrainedModel, interpolate_positions
+from ..data.words import some
+from ..modeling_mimae import MIMAEPreTrainedModel, interpolate_positions
 
 logger = logging.getLogger(__name__)
 
@@ -62,16 +64,13 @@ class Checkpoint:
             )
         known = MIMAEConfig.__dataclass_fields__.keys() - set(FILE_FIELDS)
         self._fields = {name: value for name, value in self.saved.items() if name in known}
+        if self.saved["model_type"] != "mimae" and self.is_classifier:
+            self._fields["classifier_pooling"] = "cls"  # the only one that the stock classifier knows
 
     @property
     def is_classifier(self) -> bool:
         """Whether it has a trained classification head."""
         return any("ForImageClassification" in name for name in self.saved.get("architectures") or ())
-
-    @property
-    def encoder_class(self) -> type[MIMAEPreTrainedModel]:
-        """The class whose `encode` gives this checkpoint's features: of a classifier the features that it sees."""
-        return MIMAEForImageClassification if self.is_classifier else MIMAEModel
 
     def config(self, overrides: Mapping[str, Any], **labels: Any) -> MIMAEConfig:
         """The configuration of a model that starts here.
@@ -97,30 +96,40 @@ class Checkpoint:
         return MIMAEConfig(**{**self._fields, **overrides, **labels})
 
     def load(
-        self, model_class: type[MIMAEPreTrainedModel], config: MIMAEConfig, attn_implementation: str | None = None
+        self,
+        model_class: type[MIMAEPreTrainedModel],
+        config: MIMAEConfig,
+        *,
+        attn_implementation: str | None = None,
+        with_head: bool = False,
     ) -> MIMAEPreTrainedModel:
         """The model in float32, with this checkpoint's weights and a new head where it has none that fits.
 
         Args:
             config: from `config`; of another image size the positions are interpolated, and the log says so.
+            with_head: the head must be the checkpoint's.
 
         Raises:
-            UnfitCheckpointError: a part of the encoder is missing.
+            UnfitCheckpointError: a part of the encoder is missing, or of the head where it must be there; a file that
+                cannot be read.
         """
         there = MIMAEConfig(**self._fields)
-        model, info = model_class.from_pretrained(
-            self.path,
-            config=MIMAEConfig.from_dict({**config.to_dict(), "image_size": there.image_size}),
-            attn_implementation=attn_implementation,
-            dtype=torch.float32,
-            ignore_mismatched_sizes=True,  # a classifier of other classes
-            output_loading_info=True,
-        )
+        try:
+            model, info = model_class.from_pretrained(
+                self.path,
+                config=MIMAEConfig.from_dict({**config.to_dict(), "image_size": there.image_size}),
+                attn_implementation=attn_implementation,
+                dtype=torch.float32,
+                ignore_mismatched_sizes=True,  # a classifier of other classes
+                output_loading_info=True,
+            )
+        except SafetensorError as error:
+            raise UnfitCheckpointError(f"the weights of {self.path} cannot be read: {error}") from error
         unfit = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
-        if lacking := [key for key in unfit if not key.startswith(HEAD_KEYS)]:
+        if lacking := [key for key in unfit if with_head or not key.startswith(HEAD_KEYS)]:
             raise UnfitCheckpointError(
-                f"{self.path} lacks {len(lacking)} weights of the encoder, or has them in another shape: "
-                f"{', '.join(lacking[:5])}"
+                f"{self.path} lacks {len(lacking)} weights, or has them in another shape: {some(lacking)}. (A "
+                "classifier on averaged patches has no last LayerNorm: take the checkpoint that it was made from)"
             )
         if unfit:
             logger.info("%s has no head that fits: a new one starts from random weights", self.path)
