@@ -260,6 +260,9 @@ class ClassificationRun:
         label_map(self.held_out_images, names)  # raises before hours of work
         self.begin()
         train, test = self.features(encoder, self.training_images), self.features(encoder, self.held_out_images, names)
+        pictured = self.pictured_features(encoder, names)
+        if not PartialState().is_main_process:
+            return {}
         accuracies = knn_accuracies(*train, *test, ks=self.args.knn_k, temperature=self.args.knn_temperature)
         best = max(accuracies, key=accuracies.__getitem__)
         by_k = {f"accuracy_k_{k}": accuracy for k, accuracy in accuracies.items()}
@@ -267,7 +270,7 @@ class ClassificationRun:
             "test_images": len(test[1]),
             "metrics": {"accuracy": accuracies[best], "best_k": best, **by_k},
             "label_names": names,
-            "features": self.pictured_features(encoder, names),
+            "features": pictured,
         }
 
     def evaluate(self) -> dict[str, Any]:

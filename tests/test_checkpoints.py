@@ -224,7 +224,7 @@ def test_kills_inside_saves_never_lose_the_run(tmp_path):
     assert all(path.name.startswith("checkpoint-") for path in tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("turn", ["_seal", "_discard", "rename"])
+@pytest.mark.parametrize("turn", ["seal", "_discard", "rename"])
 def test_a_death_at_each_turn_of_a_save_leaves_two_valid_checkpoints(tmp_path, monkeypatch, turn):
     store = CheckpointStore(tmp_path, total_limit=2)
     for step in (1, 2):
