@@ -13,7 +13,7 @@ import torch
 from loopback_hub import HANG_UP, Account, LoopbackHub, card_errors
 from PIL import Image
 from references import TINY
-from runs import pretrain
+from runs import ROOT, flags, pretrain
 from transformers import ViTImageProcessor
 
 from mimae import MIMAEConfig, MIMAEForImageClassification
@@ -540,3 +540,23 @@ def test_this_hub_runs_on_its_own():
             assert json.load(response)["name"] == "me"
         process.terminate()
     assert WRITE not in line
+
+
+@pytest.mark.parametrize("status", [None, 400])
+def test_pre_training_pushes_at_its_end_and_a_failure_costs_the_exit_code_alone(hub, environment, tmp_path, status):
+    repo_id = f"someone/fresh-{status}"
+    if status is not None:
+        hub.fail_next(status, times=100, path_contains="/commit/")
+    argv = flags(tmp_path / "run", max_train_steps=2, probe_samples=0)
+    command = [sys.executable, str(ROOT / "run_mim_pretrain.py"), *argv, "--push_to_hub", "--hub_model_id", repo_id]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == (0 if status is None else 1), result.stderr[-3000:]
+    assert WRITE not in result.stdout + result.stderr
+    for name in MODEL | CODE | {"README.md"}:
+        assert (tmp_path / "run" / name).exists(), name
+    if status is None:
+        assert hub.files(repo_id).keys() >= MODEL | CODE | {"README.md", "curves.png"}
+        assert hub.files(f"{repo_id}-backbone").keys() >= {"config.json", "model.safetensors", "README.md"}
+    else:
+        assert f"NOT PUSHED {repo_id}" in result.stdout
+        assert f"python -m mimae.hub.push {tmp_path / 'run'} {repo_id}" in result.stdout
