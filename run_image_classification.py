@@ -8,7 +8,8 @@
     --task knn           the nearest neighbours' votes on frozen features
     --task evaluate      a fine-tuned model on held-out images, on ImageNet-A, -R, -Sketch and -C, under corruptions
 
-Exit codes: 0 done; 1 on an error, or when all is done but the upload failed.
+Exit codes: 0 done; 143 after SIGTERM and 138 after SIGUSR1 while training, with a checkpoint of that very step; 1 on
+an error, or when all is done but the upload failed.
 """
 
 import json
@@ -66,6 +67,7 @@ from mimae.training.publishing import claim_repository, publish
 from mimae.training.results import device_name
 from mimae.training.run_folder import claim_output_dir, clear_output_dir
 from mimae.training.sealed_checkpoints import checkpoint_to_resume
+from mimae.training.signals import RunStopped, StopOnSignal, StopRequest
 from mimae.training.warm_start import Checkpoint, UnfitCheckpointError
 
 logger = logging.getLogger("mimae")
@@ -115,7 +117,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     set_seed(args.seed)
     run = ClassificationRun(model_args, data_args, args, hub_args, model_fields, output_dir)
     tasks = {"finetune": run.finetune, "linear_probe": run.linear_probe, "knn": run.knn, "evaluate": run.evaluate}
-    results = tasks[args.task]()
+    try:
+        results = tasks[args.task]()
+    except RunStopped as stop:
+        logger.info("stopped by %s; --resume_from_checkpoint latest goes on", stop)
+        return stop.exit_code
     if not PartialState().is_main_process:
         return 0
     recipe_values = {**vars(model_args), **vars(data_args), **vars(args), **vars(hub_args), **model_fields}
@@ -558,6 +564,7 @@ class ClassificationRun:
 
         Raises:
             FloatingPointError: the loss is not finite; no model is saved.
+            RunStopped: a signal asked for it; a checkpoint is saved.
         """
         checkpoint, step = None, 0
         if self.args.resume_from_checkpoint is not None:
@@ -568,7 +575,7 @@ class ClassificationRun:
         if step < trainer.args.max_steps:
             # dropped paths differ between processes; a checkpoint holds the random state of each
             torch.manual_seed(self.args.seed + PartialState().process_index)
-            trainer.train(resume_from_checkpoint=checkpoint)
+            train_until_stopped(trainer, checkpoint)
         else:
             logger.info("%s is of the last step: nothing is left to train", checkpoint)
             trainer.take_over(checkpoint)
@@ -641,6 +648,20 @@ class ClassificationRun:
             "seed": self.args.seed,
             "hardware": {"device": device_name(state.device), "processes": state.num_processes},
         }
+
+
+def train_until_stopped(trainer: ClassificationTrainer, checkpoint: Path | None) -> None:
+    """Trains to the end, or to the step in which a stop signal comes.
+
+    Raises:
+        RunStopped: one has come before the last step; a checkpoint is saved.
+    """
+    with StopRequest() as stop_request:
+        stop = StopOnSignal(stop_request)
+        trainer.add_callback(stop)
+        trainer.train(resume_from_checkpoint=checkpoint)
+    if stop.signum and trainer.state.global_step < trainer.args.max_steps:
+        raise RunStopped(stop.signum)
 
 
 def precision(mixed_precision: str | None) -> str:

@@ -4,8 +4,10 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -479,3 +481,30 @@ def test_a_probe_of_two_processes_is_one_model(pretrained, tmp_path):
     # each process has statistics of its own while training; what is tested must be what is saved
     assert one["metrics"]["loss"] == pytest.approx(two["metrics"]["loss"], rel=1e-4)
     assert one["metrics"]["accuracy"] == pytest.approx(two["metrics"]["accuracy"], abs=1e-9)
+
+
+def test_a_signal_ends_fine_tuning_with_a_checkpoint_and_resuming_changes_nothing(pretrained, tmp_path):
+    values = {"max_train_steps": 60, "dataloader_num_workers": 1, "evaluation_steps": 1000}
+    run("finetune", pretrained, tmp_path / "whole", **values)
+    folder = tmp_path / "stopped"
+    process = subprocess.Popen(
+        [sys.executable, str(SCRIPT), *flags("finetune", pretrained, folder, **values)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,  # a group of its own, to be signalled as a whole
+    )
+    while not (folder / "metrics.jsonl").exists() and process.poll() is None:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 143, output[-3000:]
+    assert "stopped by SIGTERM" in output
+    assert max(logged(folder, "loss")) < 60
+    assert not (folder / "results.json").exists()
+
+    run("finetune", pretrained, folder, "--resume_from_checkpoint", "latest", **values)
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "stopped"))
+    assert all(torch.equal(first[name], second[name]) for name in first)

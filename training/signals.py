@@ -1,9 +1,11 @@
 """SIGTERM and SIGUSR1 ask for a checkpoint and an end; all processes answer at the same step."""
 
 import signal
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -43,3 +45,22 @@ class StopRequest:
         signum = torch.tensor(self._signum)
         dist.all_reduce(signum, op=dist.ReduceOp.MAX, group=self._group)
         return int(signum)
+
+
+class StopOnSignal(TrainerCallback):
+    """Ends the training of a `transformers.Trainer` after the step in which a stop signal came, with a checkpoint.
+
+    Attributes:
+        signum: the signal that ended it, or 0.
+    """
+
+    def __init__(self, stop_request: StopRequest):
+        self._stop_request, self.signum = stop_request, 0
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Collective: all processes end at the same step."""
+        self.signum = self._stop_request.agreed()
+        if self.signum:
+            control.should_save = control.should_training_stop = True
