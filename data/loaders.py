@@ -13,6 +13,7 @@ import logging
 import multiprocessing
 import signal
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -146,7 +147,7 @@ def decode_or_substitute(
     )
 
 
-class OrderedSamples(Dataset):
+class OrderedSamples(Dataset, ABC):
     """The DataLoader's view of a source: indexed by `BatchRequest`, it gives the samples of this process's part.
 
     Args:
@@ -177,8 +178,9 @@ class OrderedSamples(Dataset):
         with random_state_kept():
             return [self._sample(request.epoch, index, row) for index, row in zip(indices, rows, strict=True)]
 
+    @abstractmethod
     def _sample(self, epoch: int, index: int, row: tuple[bytes | np.ndarray, int | None]) -> Any:
-        raise NotImplementedError
+        """Makes a sample of a row that was read."""
 
     def _augment(self, epoch: int, index: int, image: torch.Tensor) -> torch.Tensor:
         seed_random_state(augmentation_seed(self.seed, epoch, index))
