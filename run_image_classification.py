@@ -20,7 +20,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import timedelta
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -36,27 +36,18 @@ from mimae.data.arguments import PLACES
 from mimae.data.augmentation import Mixing, Transform, finetuning_transform, mixing, normalized, probe_transform
 from mimae.data.classification import ClassificationEvaluationLoader, ClassificationLoader
 from mimae.data.processor import build_image_processor, channel_statistics
-from mimae.data.sources import ImageSource, open_image_source
+from mimae.data.sources import ImageSource
 from mimae.data.subsets import SubsetSource, low_shot_indices, read_subset_file
 from mimae.data.transforms import Normalization, evaluation_transform
-from mimae.evaluation.corruptions import CorruptedTransform
 from mimae.evaluation.metrics import TopKAccuracy
 from mimae.evaluation.probes import knn_accuracies
-from mimae.evaluation.robustness import (
-    SEVERITIES,
-    RestrictedClassifier,
-    class_positions,
-    corruption_folders,
-    corruption_table,
-    imagenet_a_wnids,
-    imagenet_r_wnids,
-)
 from mimae.modeling_mimae import MIMAEPreTrainedModel
 from mimae.training.arguments import HubArguments, ModelArguments, RecipeError, flag_value, parse_arguments
 from mimae.training.bad_images import BadImageLimit
+from mimae.training.classes import class_names, label_map, numbered
 from mimae.training.classification_arguments import ClassificationArguments, ClassificationDataArguments
 from mimae.training.classification_results import write_classification_results
-from mimae.training.classification_trainer import ClassificationTrainer
+from mimae.training.classification_trainer import ClassificationTrainer, Tested
 from mimae.training.features import gather_features
 from mimae.training.linear_probe import LinearProbe, build_probe_lars, metrics_of_heads
 from mimae.training.metrics_log import MetricsLog
@@ -65,9 +56,10 @@ from mimae.training.optimization import WarmupCosine, build_finetuning_adamw, sc
 from mimae.training.processes import limit_cpu_threads, on_main_process, start_logging
 from mimae.training.publishing import claim_repository, publish
 from mimae.training.results import device_name
+from mimae.training.robustness_tests import RobustnessTest, corruption_test, imagenet_tests
 from mimae.training.run_folder import claim_output_dir, clear_output_dir
 from mimae.training.sealed_checkpoints import checkpoint_to_resume
-from mimae.training.signals import RunStopped, StopOnSignal, StopRequest
+from mimae.training.signals import RunStopped
 from mimae.training.warm_start import Checkpoint, UnfitCheckpointError
 
 logger = logging.getLogger("mimae")
@@ -212,16 +204,9 @@ class ClassificationRun:
         trainer = self.trainer(
             model, loader, optimizer, learning_rate, accuracy_of_classes, average_decay=args.ema_decay
         )
-        metrics, classes, targets = self.train_and_test(trainer)
+        test = self.train_and_test(trainer)
         self.save(model)
-        return {
-            "test_images": len(targets),
-            "metrics": metrics,
-            "robustness": {key: test(trainer) for key, test in further.items()},
-            "label_names": names,
-            "predictions": (targets, classes[:, 0]),
-            "features": self.pictured_features(model, names),
-        }
+        return self.tested(trainer, names, further, test)
 
     def linear_probe(self) -> dict[str, Any]:
         """Trains linear classifiers on frozen features, one for each learning rate, and tests them."""
@@ -291,49 +276,45 @@ class ClassificationRun:
         trainer, further = self.tester(model), self.robustness_tests(names)
         loader = self.evaluation_loader(self.held_out_images, names)
         self.begin()
-        metrics, classes, targets = trainer.test(loader)
-        return {
-            "test_images": len(targets),
-            "metrics": metrics,
-            "robustness": {key: test(trainer) for key, test in further.items()},
-            "label_names": names,
-            "predictions": (targets, classes[:, 0]),
-            "features": self.pictured_features(model, names),
-        }
+        return self.tested(trainer, names, further, trainer.test(loader))
 
-    def robustness_tests(self, names: Sequence[str]) -> dict[str, Callable[[ClassificationTrainer], dict[str, Any]]]:
+    def robustness_tests(self, names: Sequence[str]) -> dict[str, RobustnessTest]:
         """A test for each further set that the flags name: of a trainer's model, whose classes have these names.
 
         The sets are opened here: what is wrong with one is told before anything is trained.
         """
-        data_args, tests = self.data_args, {}
-        for key, wnids in (("imagenet_a", imagenet_a_wnids()), ("imagenet_r", imagenet_r_wnids())):
-            if folder := getattr(data_args, f"{key}_dir"):
-                loader = self.evaluation_loader(open_folder(folder), wnids)
-                tests[key] = partial(self.restricted_metrics, class_positions(wnids, names), loader)
-        if folder := data_args.imagenet_sketch_dir:
-            tests["imagenet_sketch"] = partial(metrics_on, self.evaluation_loader(open_folder(folder), names))
-        if folder := data_args.imagenet_c_dir:
-            cropped = evaluation_transform(self.image_size, crop_ratio=1)  # as the published images are
-            loaders = {
-                key: self.evaluation_loader(open_folder(images), names, cropped)
-                for key, images in corruption_folders(folder).items()
-            }
-            tests["imagenet_c"] = partial(corruption_errors, loaders, relative_to_alexnet=True)
+        data_args = self.data_args
+        folders = {
+            "imagenet_a": data_args.imagenet_a_dir,
+            "imagenet_r": data_args.imagenet_r_dir,
+            "imagenet_sketch": data_args.imagenet_sketch_dir,
+            "imagenet_c": data_args.imagenet_c_dir,
+        }
+        read = {"image_size": self.image_size, "loader_of": self.evaluation_loader}
+        tests = imagenet_tests(folders, names, tester_of=self.tester, **read)
         if data_args.corruptions:
-            loaders = {
-                (corruption, severity): self.corrupted_loader(names, corruption, severity)
-                for corruption in data_args.corruptions
-                for severity in SEVERITIES
-            }
-            tests["corruptions"] = partial(corruption_errors, loaders, relative_to_alexnet=False)
+            tests["corruptions"] = corruption_test(
+                self.held_out_images,
+                names,
+                data_args.corruptions,
+                crop_ratio=self.args.evaluation_crop_ratio,
+                **read,
+            )
         return tests
 
-    def restricted_metrics(
-        self, positions: Sequence[int], loader: ClassificationEvaluationLoader, trainer: ClassificationTrainer
-    ) -> dict[str, float]:
-        """Metrics of a trainer's model among the classes at these positions alone."""
-        return metrics_on(loader, self.tester(RestrictedClassifier(trainer.model, positions)))
+    def tested(
+        self, trainer: ClassificationTrainer, names: Sequence[str], further: Mapping[str, RobustnessTest], test: Tested
+    ) -> dict[str, Any]:
+        """Results of a classifier: its test on the held-out images, and those on further sets."""
+        metrics, classes, targets = test
+        return {
+            "test_images": len(targets),
+            "metrics": metrics,
+            "robustness": {key: further_test(trainer) for key, further_test in further.items()},
+            "label_names": names,
+            "predictions": (targets, classes[:, 0]),
+            "features": self.pictured_features(trainer.model, names),
+        }
 
     # --- images -----------------------------------------------------------------------------------------------------
 
@@ -401,13 +382,6 @@ class ClassificationRun:
             pin_memory=self.device.type == "cuda",
         )
 
-    def corrupted_loader(self, names: Sequence[str], corruption: str, severity: int) -> ClassificationEvaluationLoader:
-        """The held-out images, corrupted on the fly."""
-        transform = CorruptedTransform(
-            self.image_size, corruption, severity, crop_ratio=self.args.evaluation_crop_ratio
-        )
-        return self.evaluation_loader(self.held_out_images, names, transform)
-
     @property
     def image_processor(self) -> ViTImageProcessor:
         return build_image_processor(self.image_size, self.mean, self.std)
@@ -443,11 +417,6 @@ class ClassificationRun:
         if self.model_args.gradient_checkpointing:
             model.gradient_checkpointing_enable()
         return model
-
-    def load_encoder(self) -> MIMAEPreTrainedModel:
-        """What gives frozen features; its `pooler_output` is pooled as the flags say."""
-        model_class = self.checkpoint.encoder_class if self.checkpoint else MIMAEModel
-        return self.load(model_class, self.config(latent_pooling=self.args.feature_pooling))
 
     def probing_classifier(
         self, encoder: MIMAEPreTrainedModel, linear: nn.Linear, names: Sequence[str]
@@ -559,7 +528,7 @@ class ClassificationRun:
             label_names=["labels"],
         )
 
-    def train_and_test(self, trainer: ClassificationTrainer) -> tuple[dict[str, float], np.ndarray, np.ndarray]:
+    def train_and_test(self, trainer: ClassificationTrainer) -> Tested:
         """Trains, from a checkpoint of the run's folder if the flags say so, and tests what came of it.
 
         Raises:
@@ -575,7 +544,7 @@ class ClassificationRun:
         if step < trainer.args.max_steps:
             # dropped paths differ between processes; a checkpoint holds the random state of each
             torch.manual_seed(self.args.seed + PartialState().process_index)
-            train_until_stopped(trainer, checkpoint)
+            trainer.train_until_stopped(checkpoint)
         else:
             logger.info("%s is of the last step: nothing is left to train", checkpoint)
             trainer.take_over(checkpoint)
@@ -650,85 +619,14 @@ class ClassificationRun:
         }
 
 
-def train_until_stopped(trainer: ClassificationTrainer, checkpoint: Path | None) -> None:
-    """Trains to the end, or to the step in which a stop signal comes.
-
-    Raises:
-        RunStopped: one has come before the last step; a checkpoint is saved.
-    """
-    with StopRequest() as stop_request:
-        stop = StopOnSignal(stop_request)
-        trainer.add_callback(stop)
-        trainer.train(resume_from_checkpoint=checkpoint)
-    if stop.signum and trainer.state.global_step < trainer.args.max_steps:
-        raise RunStopped(stop.signum)
-
-
 def precision(mixed_precision: str | None) -> str:
     """The flag's, or what `accelerate launch` and its configuration say."""
     return mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
 
 
-def class_names(source: ImageSource) -> list[str]:
-    """A name for each class of the images: theirs, or their numbers.
-
-    Raises:
-        ValueError: the images have no labels.
-    """
-    if source.label_names is not None:
-        return list(source.label_names)
-    return [str(label) for label in range(source.labels().max() + 1)]
-
-
-def numbered(names: Sequence[str]) -> dict[str, Any]:
-    """`id2label` and `label2id` of a configuration."""
-    return {"id2label": dict(enumerate(names)), "label2id": {name: label for label, name in enumerate(names)}}
-
-
-def label_map(source: ImageSource, names: Sequence[str]) -> np.ndarray:
-    """The place in `names` of each label of the images: by name, or the label itself where classes have no names.
-
-    Raises:
-        ValueError: a class that `names` does not have.
-    """
-    if source.label_names is not None and list(source.label_names) != list(names):
-        return np.array(class_positions(source.label_names, names))
-    highest = source.labels().max()
-    if highest >= len(names):
-        raise ValueError(
-            f"{source.name} has images of label {highest}, but the labels of the model end at {len(names) - 1}"
-        )
-    return np.arange(len(names))
-
-
-def metrics_on(loader: ClassificationEvaluationLoader, trainer: ClassificationTrainer) -> dict[str, float]:
-    """Metrics of a trainer's model on other images."""
-    metrics, _, _ = trainer.test(loader)
-    return metrics
-
-
-def corruption_errors(
-    loaders: Mapping[tuple[str, int], ClassificationEvaluationLoader],
-    trainer: ClassificationTrainer,
-    *,
-    relative_to_alexnet: bool,
-) -> dict[str, Any]:
-    """The `corruption_table` of a trainer's model, from images by corruption and severity."""
-    errors = {}
-    for (corruption, severity), loader in loaders.items():
-        errors[corruption, severity] = 1 - metrics_on(loader, trainer)["accuracy"]
-        logger.info("%s %d: %.1f %% wrong", corruption, severity, 100 * errors[corruption, severity])
-    return corruption_table(errors, relative_to_alexnet=relative_to_alexnet)
-
-
 def accuracy_of_classes(prediction: EvalPrediction) -> dict[str, float]:
     """Top-1 and top-5 accuracy of ranked classes (n, 5)."""
     return TopKAccuracy().compute(predictions=prediction.predictions, references=prediction.label_ids)
-
-
-def open_folder(folder: str) -> ImageSource:
-    """A folder with one folder of images for each class."""
-    return open_image_source(train_dir=folder)
 
 
 if __name__ == "__main__":

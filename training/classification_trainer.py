@@ -29,6 +29,10 @@ from ..data.classification import IGNORED_LABEL
 from ..evaluation.metrics import ranked_classes
 from .averaging import WeightAverage
 from .sealed_checkpoints import SealedCheckpoints
+from .signals import RunStopped, StopOnSignal, StopRequest
+
+# metrics by name, the ranked classes (n, 5) that they are of, and the labels (n,)
+Tested = tuple[dict[str, float], np.ndarray, np.ndarray]
 
 
 class ClassificationTrainer(Trainer):
@@ -98,7 +102,20 @@ class ClassificationTrainer(Trainer):
             raise ValueError("evaluation needs an eval_loader, and this trainer was given none")
         return loader
 
-    def test(self, loader: DataLoader) -> tuple[dict[str, float], np.ndarray, np.ndarray]:
+    def train_until_stopped(self, checkpoint: str | os.PathLike | None = None) -> None:
+        """Trains to the end, from a checkpoint if there is one, or to the step in which a stop signal comes.
+
+        Raises:
+            RunStopped: one has come before the last step; a checkpoint is saved.
+        """
+        with StopRequest() as stop_request:
+            stop = StopOnSignal(stop_request)
+            self.add_callback(stop)
+            self.train(resume_from_checkpoint=checkpoint)
+        if stop.signum and self.state.global_step < self.args.max_steps:
+            raise RunStopped(stop.signum)
+
+    def test(self, loader: DataLoader) -> Tested:
         """Evaluates on other images, and gives what the model said of each. Collective.
 
         Returns:
