@@ -3,12 +3,28 @@
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, AutoModelForPreTraining
 
 from .configuration_mimae import MIMAEConfig
+from .configuration_misimmim import MISimMIMConfig
 from .modeling_mimae import MIMAEForImageClassification, MIMAEForPreTraining, MIMAEModel
+from .modeling_misimmim import MISimMIMForImageClassification, MISimMIMForPreTraining, MISimMIMModel
 from .version import __version__
 
-AutoConfig.register(MIMAEConfig.model_type, MIMAEConfig)
-AutoModel.register(MIMAEConfig, MIMAEModel)
-AutoModelForPreTraining.register(MIMAEConfig, MIMAEForPreTraining)
-AutoModelForImageClassification.register(MIMAEConfig, MIMAEForImageClassification)
+for _config, _model, _pretraining, _classification in (
+    (MIMAEConfig, MIMAEModel, MIMAEForPreTraining, MIMAEForImageClassification),
+    (MISimMIMConfig, MISimMIMModel, MISimMIMForPreTraining, MISimMIMForImageClassification),
+):
+    AutoConfig.register(_config.model_type, _config)
+    AutoModel.register(_config, _model)
+    AutoModelForPreTraining.register(_config, _pretraining)
+    AutoModelForImageClassification.register(_config, _classification)
 
-__all__ = ["MIMAEConfig", "MIMAEForImageClassification", "MIMAEForPreTraining", "MIMAEModel", "__version__"]
+__all__ = [
+    "MIMAEConfig",
+    "MIMAEForImageClassification",
+    "MIMAEForPreTraining",
+    "MIMAEModel",
+    "MISimMIMConfig",
+    "MISimMIMForImageClassification",
+    "MISimMIMForPreTraining",
+    "MISimMIMModel",
+    "__version__",
+]

@@ -140,15 +140,12 @@ class GaussianApproximator(nn.Module):
     def _branch(
         in_features: int, hidden_features: int, out_features: int, activation: nn.Module, last_bias: float
     ) -> nn.Sequential:
+        first = nn.Linear(in_features, hidden_features)
+        second = nn.Linear(hidden_features, hidden_features)
         last = nn.Linear(hidden_features, out_features)
-        last.initial_bias = last_bias  # read by the models' `_init_weights`
-        return nn.Sequential(
-            nn.Linear(in_features, hidden_features),
-            nn.GELU(),
-            nn.Linear(hidden_features, hidden_features),
-            last,
-            activation,
-        )
+        for layer, bias in ((first, 0.0), (second, 0.0), (last, last_bias)):
+            layer.initial_bias = bias  # read by the models' `_init_weights`
+        return nn.Sequential(first, nn.GELU(), second, last, activation)
 
     def forward(self, visible: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(…, in_features) → mean (…, D) and variance (…, D), float32 also under autocast."""

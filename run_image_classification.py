@@ -48,6 +48,7 @@ from mimae.training.classes import class_names, label_map, numbered
 from mimae.training.classification_arguments import ClassificationArguments, ClassificationDataArguments
 from mimae.training.classification_results import write_classification_results
 from mimae.training.classification_trainer import ClassificationTrainer, Tested
+from mimae.training.families import CONFIG_CLASSES
 from mimae.training.features import gather_features
 from mimae.training.linear_probe import LinearProbe, build_probe_lars, metrics_of_heads
 from mimae.training.metrics_log import MetricsLog
@@ -101,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     groups = (ModelArguments, ClassificationDataArguments, ClassificationArguments, HubArguments)
     (model_args, data_args, args, hub_args), model_fields, recipe = parse_arguments(
-        argv, groups, MIMAEConfig, default_recipe=default_recipe(argv), description=__doc__
+        argv, groups, CONFIG_CLASSES, default_recipe=default_recipe(argv), description=__doc__
     )
     if hub_args.push_to_hub and not args.leaves_model:
         raise RecipeError(f"--push_to_hub: --task {args.task} with these flags leaves no model to push")

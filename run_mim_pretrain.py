@@ -1,4 +1,4 @@
-"""Pre-train with MI-MAE, or plain MAE: arguments → data, model, trainer → result.
+"""Pre-train with MI-MAE or MI-SimMIM, plain MAE or SimMIM: arguments → data, model, trainer → result.
 
     accelerate launch run_mim_pretrain.py                                     # the demo, on embedded digits
     accelerate launch run_mim_pretrain.py --config recipes/imagenet/mimae_vit_base_200e.yaml --output_dir out
@@ -21,9 +21,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import ProjectConfiguration, set_seed
-from transformers import PreTrainedConfig, ViTMAEConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from mimae import MIMAEConfig, MIMAEForPreTraining
 from mimae.data.arguments import DataArguments
 from mimae.data.loaders import PretrainingLoader, evaluation_batches
 from mimae.data.processor import build_image_processor, channel_statistics
@@ -31,8 +30,15 @@ from mimae.data.sources import ImageSource
 from mimae.data.transforms import Normalization, evaluation_transform, pretraining_transform
 from mimae.training.arguments import HubArguments, ModelArguments, PretrainingArguments, config_fields, parse_arguments
 from mimae.training.checkpoints import CheckpointStore
+from mimae.training.families import CONFIG_CLASSES, Family, family_named
 from mimae.training.monitors import Evaluation, Probe, ReconstructionMonitor, probe_indices, split_indices
-from mimae.training.optimization import WarmupCosine, build_adamw, scaled_learning_rate
+from mimae.training.optimization import (
+    WarmupCosine,
+    WarmupMultiStep,
+    WarmupSchedule,
+    build_adamw,
+    scaled_learning_rate,
+)
 from mimae.training.processes import limit_cpu_threads, on_main_process, start_logging
 from mimae.training.publishing import claim_repository, publish
 from mimae.training.results import device_name, write_results
@@ -44,22 +50,6 @@ logger = logging.getLogger("mimae")
 
 RECIPES = Path(__file__).parent / "recipes"
 NUM_PICTURES = 8
-# where these differ, a checkpoint's weights do not fit the recipe's model
-WARM_START_TYPES = ("mimae", "vit_mae")
-SIZE_FIELDS = (
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "decoder_num_attention_heads",
-    "intermediate_size",
-    "image_size",
-    "patch_size",
-    "num_channels",
-    "qkv_bias",
-    "decoder_hidden_size",
-    "decoder_num_hidden_layers",
-    "decoder_intermediate_size",
-)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -73,14 +63,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     groups = (ModelArguments, DataArguments, PretrainingArguments, HubArguments)
     (model_args, data_args, args, hub_args), model_fields, recipe = parse_arguments(
-        argv, groups, MIMAEConfig, default_recipe=RECIPES / "demo.yaml", description=__doc__
+        argv, groups, CONFIG_CLASSES, default_recipe=RECIPES / "demo.yaml", description=__doc__
     )
-    config = build_config(model_args.model_type, model_args.preset, model_fields)
+    family = family_named(model_args.model_type)
+    config = family.build_config(model_args.preset, model_fields)
     accelerator, output_dir = start_processes(args, recipe)
     set_seed(args.seed)
     with accelerator.main_process_first():
         source, probe_source = data_args.open_split(data_args.train_split), data_args.open_held_out()
-    model = build_model(config, model_args, is_resumed=args.resume_from_checkpoint is not None)
+    model = build_model(family, config, model_args, is_resumed=args.resume_from_checkpoint is not None)
     mean, std = channel_statistics(config.num_channels, args.image_mean, args.image_std)
     normalization = Normalization(mean, std, accelerator.device)
     processor = build_image_processor(config.image_size_2d, mean, std)
@@ -146,18 +137,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def build_config(model_type: str, preset: str | None, fields: dict[str, Any]) -> MIMAEConfig:
-    """The model's configuration from a recipe's values.
-
-    Raises:
-        ValueError: an unknown model type or preset, or fields that the configuration refuses.
-    """
-    if model_type != MIMAEConfig.model_type:
-        raise ValueError(f"model_type={model_type!r} is not known; there is {MIMAEConfig.model_type!r}")
-    return MIMAEConfig(**fields) if preset is None else MIMAEConfig.preset(preset, **fields)
-
-
-def build_model(config: MIMAEConfig, model_args: ModelArguments, is_resumed: bool) -> MIMAEForPreTraining:
+def build_model(
+    family: Family, config: PreTrainedConfig, model_args: ModelArguments, is_resumed: bool
+) -> PreTrainedModel:
     """The model, from scratch or with the weights of `--model_name_or_path`; a resumed run brings its own.
 
     Raises:
@@ -166,33 +148,31 @@ def build_model(config: MIMAEConfig, model_args: ModelArguments, is_resumed: boo
     path, attention = model_args.model_name_or_path, model_args.attn_implementation
     if path is None or is_resumed:
         config._attn_implementation = attention
-        model = MIMAEForPreTraining(config)
+        model = family.pretraining_class(config)
     else:
-        compare_with_checkpoint(config, PreTrainedConfig.get_config_dict(path)[0], path)
-        model = MIMAEForPreTraining.from_pretrained(path, config=config, attn_implementation=attention)
+        compare_with_checkpoint(family, config, PreTrainedConfig.get_config_dict(path)[0], path)
+        model = family.pretraining_class.from_pretrained(path, config=config, attn_implementation=attention)
     if model_args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     return model
 
 
-def compare_with_checkpoint(config: MIMAEConfig, saved: dict[str, Any], path: str) -> None:
+def compare_with_checkpoint(family: Family, config: PreTrainedConfig, saved: dict[str, Any], path: str) -> None:
     """On a warm start the recipe's values win: says where they differ, and refuses where the weights cannot fit."""
-    if saved.get("model_type") not in WARM_START_TYPES:
+    if saved.get("model_type") not in family.pretraining_types:
         raise ValueError(
-            f"{path} is a {saved.get('model_type')!r} model; --model_name_or_path takes one of {WARM_START_TYPES}"
+            f"{path} is a {saved.get('model_type')!r} model; with model_type={config.model_type!r}, "
+            f"--model_name_or_path takes one of {family.pretraining_types}"
         )
-    # what the checkpoint does not say has the default of ViTMAE, the older of the two layouts
-    defaults = {**ViTMAEConfig().to_dict(), **saved}
-    fields = [name for name in config_fields(MIMAEConfig) if name in defaults]
-    differing = {
-        name: (defaults[name], getattr(config, name)) for name in fields if defaults[name] != getattr(config, name)
-    }
-    clashes = {name: values for name, values in differing.items() if name in SIZE_FIELDS}
-    if clashes:
-        words = "; ".join(f"{name}: {there} there, {here} in the recipe" for name, (there, here) in clashes.items())
+    # what the checkpoint does not say has the default of transformers' own model, the older of the two layouts
+    there = json.loads(json.dumps({**family.stock_config_class().to_dict(), **saved}))
+    here = json.loads(json.dumps({name: getattr(config, name) for name in config_fields(type(config))}))
+    differing = [name for name in here if name in there and there[name] != here[name]]
+    if clashes := [name for name in differing if name in family.size_fields]:
+        words = "; ".join(f"{name}: {there[name]} there, {here[name]} in the recipe" for name in clashes)
         raise ValueError(f"the weights of {path} do not fit the recipe's model ({words}); choose its preset or sizes")
-    for name, (there, here) in differing.items():
-        logger.info("warm start: %s=%s, the recipe's, not the checkpoint's %s", name, here, there)
+    for name in differing:
+        logger.info("warm start: %s=%s, the recipe's, not the checkpoint's %s", name, here[name], there[name])
 
 
 def start_processes(args: PretrainingArguments, recipe: Path) -> tuple[Accelerator, Path]:
@@ -219,7 +199,7 @@ def start_processes(args: PretrainingArguments, recipe: Path) -> tuple[Accelerat
 
 def build_loader(
     source: ImageSource,
-    config: MIMAEConfig,
+    config: PreTrainedConfig,
     data_args: DataArguments,
     args: PretrainingArguments,
     accelerator: Accelerator,
@@ -247,16 +227,21 @@ def build_loader(
 
 def build_schedule(
     args: PretrainingArguments, steps_per_epoch: int, images_per_step: int, num_views: int
-) -> WarmupCosine:
+) -> WarmupSchedule:
     """Learning rate and length of the run."""
-    schedule = WarmupCosine(
-        peak=scaled_learning_rate(
+    common = {
+        "peak": scaled_learning_rate(
             args.base_learning_rate, images_per_step, num_views, args.lr_batch_unit, args.lr_base_batch
         ),
-        final=args.min_learning_rate,
-        warmup_steps=round(args.warmup_epochs * steps_per_epoch),
-        total_steps=args.max_train_steps or max(1, round(args.num_train_epochs * steps_per_epoch)),
-    )
+        "start": args.warmup_learning_rate,
+        "warmup_steps": round(args.warmup_epochs * steps_per_epoch),
+        "total_steps": args.max_train_steps or max(1, round(args.num_train_epochs * steps_per_epoch)),
+    }
+    if args.lr_scheduler_type == "multistep":
+        milestones = tuple(round(epoch * steps_per_epoch) for epoch in args.lr_milestone_epochs)
+        schedule = WarmupMultiStep(**common, milestones=milestones, gamma=args.lr_gamma)
+    else:
+        schedule = WarmupCosine(**common, final=args.min_learning_rate)
     logger.info(
         "%d steps, %d an epoch, of %d images (%d views); peak learning rate %.3g after %d steps",
         schedule.total_steps,
@@ -272,7 +257,7 @@ def build_schedule(
 def build_evaluation(
     source: ImageSource,
     probe_source: ImageSource | None,
-    config: MIMAEConfig,
+    config: PreTrainedConfig,
     data_args: DataArguments,
     args: PretrainingArguments,
     normalization: Normalization,
@@ -315,15 +300,15 @@ def build_evaluation(
 def run_settings(
     data_args: DataArguments,
     args: PretrainingArguments,
-    config: MIMAEConfig,
+    config: PreTrainedConfig,
     normalization: Normalization,
     loader: PretrainingLoader,
-    schedule: WarmupCosine,
+    schedule: WarmupSchedule,
     accelerator: Accelerator,
 ) -> dict[str, Any]:
     """What a run's result follows from, as JSON holds it; a resumed run must have the same."""
     settings = {
-        **{name: getattr(config, name) for name in config_fields(MIMAEConfig)},
+        **{name: getattr(config, name) for name in config_fields(type(config))},
         **{name: getattr(data_args, name) for name in ("min_crop_scale", "horizontal_flip")},
         **{name: getattr(args, name) for name in ("seed", "gradient_accumulation_steps", "weight_decay")},
         **{name: getattr(args, name) for name in ("adam_beta1", "adam_beta2", "max_grad_norm")},
@@ -344,7 +329,7 @@ def run_settings(
 def summarize(
     data_args: DataArguments,
     args: PretrainingArguments,
-    config: MIMAEConfig,
+    config: PreTrainedConfig,
     trainer: Pretrainer,
     steps_per_epoch: int,
     seconds: float,

@@ -11,6 +11,7 @@ from mimae import MIMAEConfig, MIMAEForImageClassification
 from mimae.run_image_classification import RECIPES
 from mimae.training.arguments import HubArguments, ModelArguments, parse_arguments, read_recipe
 from mimae.training.classification_arguments import ClassificationArguments, ClassificationDataArguments
+from mimae.training.families import CONFIG_CLASSES
 
 ALL_RECIPES = sorted(path for path in RECIPES.rglob("*.yaml") if "task" in read_recipe(path))
 IMAGENET = RECIPES / "imagenet" / "classification"
@@ -37,7 +38,7 @@ CELLS = [
 def parse(recipe: Path):
     """(model, data, classification arguments), the model configuration's fields."""
     (model_args, data_args, args, _), fields, _ = parse_arguments(
-        ["--config", str(recipe)], GROUPS, MIMAEConfig, recipe, "test"
+        ["--config", str(recipe)], GROUPS, CONFIG_CLASSES, recipe, "test"
     )
     return model_args, data_args, args, fields
 

@@ -77,7 +77,7 @@ def test_the_import_rules_see_what_they_should(tmp_path):
     assert layer_of("modeling_mimae") == "modeling"
     assert layer_of("run_mim_pretrain") == "run"
     assert layer_of("data.sources") == "data"
-    assert imported_layers(ROOT / "modeling_mimae.py") == {"configuration", "masking", "mutual_information"}
+    assert imported_layers(ROOT / "modeling_mim.py") == {"configuration", "masking", "mutual_information"}
 
 
 def test_there_are_files_to_check():

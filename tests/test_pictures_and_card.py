@@ -13,8 +13,9 @@ from PIL import Image
 from runs import pretrain
 
 from mimae.hub.model_card import write_backbone_card, write_classification_card, write_model_card
+from mimae.modeling_mim import patchify, unpatchify
 from mimae.training.curves import save_curves
-from mimae.training.pictures import patchify, reconstruction_images, save_reconstructions, unpatchify
+from mimae.training.pictures import reconstruction_images, save_reconstructions
 
 PATCH_SIZE, NUM_MASKS, NUM_PATCHES = 4, 3, 3 * 5
 MEAN, STD = {1: [0.3], 2: [0.4, 0.5], 3: [0.485, 0.456, 0.406]}, {1: [0.25], 2: [0.2, 0.3], 3: [0.229, 0.224, 0.225]}
@@ -44,14 +45,14 @@ def test_patches_are_row_by_row_with_channels_last():
     assert patches.shape == (1, 6, 8)
     # The second patch of the first row: its pixels (0, 2), (0, 3), (1, 2), (1, 3), each with both channels.
     assert patches[0, 1].tolist() == [2, 26, 3, 27, 8, 32, 9, 33]
-    assert torch.equal(unpatchify(patches, 2, 4, 6), image)
+    assert torch.equal(unpatchify(patches, 2, (4, 6)), image)
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3])
 @pytest.mark.parametrize("norm_pix_loss", [False, True])
 def test_a_right_prediction_gives_back_the_image(channels, norm_pix_loss):
     pixel_values, logits, mask = make_views(channels, norm_pix_loss)
-    images = reconstruction_images(pixel_values, logits, mask, patch_size=PATCH_SIZE, norm_pix_loss=norm_pix_loss)
+    images = reconstruction_images(pixel_values, logits, mask, unit_size=PATCH_SIZE, norm_pix_loss=norm_pix_loss)
     assert images.shape == (2, 1 + 2 * NUM_MASKS, channels, 12, 20)
     assert torch.equal(images[:, 0], pixel_values)
     expected = pixel_values[:, None].expand(-1, NUM_MASKS, -1, -1, -1)
@@ -63,7 +64,7 @@ def test_visible_patches_are_the_originals_and_masked_ones_are_not_peeked_at(nor
     pixel_values, logits, mask = make_views(3, norm_pix_loss)
     grey = torch.tensor([7.0, 8.0, 9.0])
     images = reconstruction_images(
-        pixel_values, logits + 1, mask, patch_size=PATCH_SIZE, norm_pix_loss=norm_pix_loss, mask_color=grey
+        pixel_values, logits + 1, mask, unit_size=PATCH_SIZE, norm_pix_loss=norm_pix_loss, mask_color=grey
     )
     views, completed = images[:, 1 : 1 + NUM_MASKS], images[:, 1 + NUM_MASKS :]
     original = pixel_values[:, None].expand_as(views)
@@ -82,7 +83,7 @@ def test_the_png_holds_the_pixels_of_every_image(tmp_path, channels):
         pixel_values,
         logits.requires_grad_(),
         mask,
-        patch_size=PATCH_SIZE,
+        unit_size=PATCH_SIZE,
         norm_pix_loss=True,
         mean=MEAN[channels],
         std=STD[channels],

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mimae import MIMAEConfig, MIMAEForPreTraining
 from mimae.data.arguments import DataArguments
-from mimae.run_mim_pretrain import RECIPES, build_config
+from mimae.run_mim_pretrain import RECIPES
 from mimae.training.arguments import (
     ModelArguments,
     PretrainingArguments,
@@ -19,6 +19,7 @@ from mimae.training.arguments import (
     parse_arguments,
     read_recipe,
 )
+from mimae.training.families import CONFIG_CLASSES, family_named
 
 # of pre-training; those that name a task are run_image_classification.py's
 ALL_RECIPES = sorted(path for path in RECIPES.rglob("*.yaml") if "task" not in read_recipe(path))
@@ -29,13 +30,13 @@ FASHION_MNIST_TRAIN_IMAGES = 60_000
 
 def parse(*argv: str, recipe: Path = RECIPES / "demo.yaml"):
     """(model, data, training arguments), the model configuration's fields."""
-    groups, fields, _ = parse_arguments(list(argv), GROUPS, MIMAEConfig, recipe, "test")
+    groups, fields, _ = parse_arguments(list(argv), GROUPS, CONFIG_CLASSES, recipe, "test")
     return groups, fields
 
 
 def config_of(recipe: Path) -> MIMAEConfig:
     (model_args, *_), fields = parse("--config", str(recipe))
-    return build_config(model_args.model_type, model_args.preset, fields)
+    return family_named(model_args.model_type).build_config(model_args.preset, fields)
 
 
 def write(tmp_path: Path, text: str) -> Path:
@@ -150,7 +151,7 @@ def test_a_wrong_type_or_value_is_refused_by_name(tmp_path, line, name):
 def test_a_wrong_model_field_is_refused_by_name_when_the_configuration_is_built(tmp_path, line):
     _, fields = parse(recipe=write(tmp_path, line + "\n"))
     with pytest.raises(Exception, match=line.split(":")[0]):
-        build_config("mimae", None, fields)
+        family_named("mimae").build_config(None, fields)
 
 
 def test_flags_win_over_the_recipe_and_the_recipe_over_defaults(tmp_path):
@@ -166,7 +167,7 @@ def test_a_flag_that_names_other_data_replaces_the_recipes(tmp_path):
     assert (data_args.train_dir, data_args.data_files) == (None, ["a.parquet", "b.parquet"])
     assert (data_args.validation_split, data_args.min_crop_scale) == (None, 0.5)
     with pytest.raises(ValueError, match="dataset_name and train_dir"):
-        check_recipe(yaml.safe_load("train_dir: a\ndataset_name: b\n"), GROUPS, MIMAEConfig)
+        check_recipe(yaml.safe_load("train_dir: a\ndataset_name: b\n"), GROUPS, ())
 
 
 def test_an_unknown_flag_is_refused_by_name_with_the_nearest_known_one():

@@ -3,7 +3,7 @@
 import argparse
 import dataclasses
 import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -27,14 +27,17 @@ def option(default: Any, text: str) -> Any:
 
 @dataclass
 class ModelArguments:
-    """Which model is trained. Every field of the model's configuration is a flag and a recipe key, too."""
+    """Which model is trained. Every field of the models' configurations is a flag and a recipe key, too."""
 
-    model_type: str = option("mimae", "The model: mimae.")
+    model_type: str = option("mimae", "The model: mimae (on a ViT), or misimmim (on a Swin).")
     preset: str | None = option(
-        None, "Size: vit-tiny, vit-small, vit-base, vit-large or vit-huge; fields win over it."
+        None,
+        "Size: vit-tiny, -small, -base, -large or -huge; swin-tiny, -small, -base or -large. Fields win over it.",
     )
     model_name_or_path: str | None = option(
-        None, "Start from this checkpoint's weights: one of this project's, or any ViTMAE's. The recipe's values win."
+        None,
+        "Start from this checkpoint's weights: one of this project's, or any ViTMAE's or Swin's. The recipe's values "
+        "win.",
     )
     attn_implementation: str | None = option(None, "sdpa, eager or flash_attention_2; default: transformers' choice.")
     gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass, to save memory.")
@@ -47,7 +50,9 @@ class ModelArguments:
 class HubArguments:
     """Whether and where the result goes on the Hub. The token is huggingface_hub's: `hf auth login`, or HF_TOKEN."""
 
-    push_to_hub: bool = option(False, "Upload the model, its encoder as a stock ViT, and the card, at the end.")
+    push_to_hub: bool = option(
+        False, "Upload the model, its encoder as a stock ViT or Swin, and the card, at the end."
+    )
     hub_model_id: str | None = option(None, "The repository; default: output_dir's name, in your own namespace.")
     hub_private_repo: bool = option(False, "Make the repository private, if it is new.")
 
@@ -131,16 +136,40 @@ class PretrainingArguments(RunArguments):
     base_learning_rate: float = option(1.5e-4, "lr = base_learning_rate * batch / lr_base_batch.")
     lr_batch_unit: Literal["views", "images"] = option("views", "What the batch counts in the lr rule.")
     lr_base_batch: int = option(256, "See base_learning_rate; 256 for MAE, 512 for SimMIM.")
-    min_learning_rate: float = option(0.0, "Where the half-cosine ends.")
-    warmup_epochs: float = option(10.0, "Linear from 0.")
+    lr_scheduler_type: Literal["cosine", "multistep"] = option(
+        "cosine", "After the warm-up: a half-cosine, or steps down at lr_milestone_epochs."
+    )
+    min_learning_rate: float = option(0.0, "cosine: where it ends.")
+    lr_milestone_epochs: list[float] | None = option(None, "multistep: the learning rate is multiplied by lr_gamma.")
+    lr_gamma: float = option(0.1, "multistep: the factor.")
+    warmup_epochs: float = option(10.0, "Linear from warmup_learning_rate.")
+    warmup_learning_rate: float = option(0.0, "Where the warm-up starts.")
     adam_beta1: float = option(0.9, "AdamW.")
     adam_beta2: float = option(0.95, "AdamW.")
     max_nonfinite_steps: int = option(10, "Stop after so many steps in a row without a finite gradient.")
     probe_samples: int = option(5000, "At most so many images to fit the probe on, and to test it; 0: no probe.")
 
     AT_LEAST_1: ClassVar = (*RunArguments.AT_LEAST_1, "lr_base_batch", "max_nonfinite_steps")
-    POSITIVE: ClassVar = (*RunArguments.POSITIVE, "num_train_epochs", "base_learning_rate")
-    NOT_NEGATIVE: ClassVar = (*RunArguments.NOT_NEGATIVE, "warmup_epochs", "probe_samples", "min_learning_rate")
+    POSITIVE: ClassVar = (*RunArguments.POSITIVE, "num_train_epochs", "base_learning_rate", "lr_gamma")
+    NOT_NEGATIVE: ClassVar = (
+        *RunArguments.NOT_NEGATIVE,
+        "warmup_epochs",
+        "warmup_learning_rate",
+        "probe_samples",
+        "min_learning_rate",
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        is_multistep = self.lr_scheduler_type == "multistep"
+        if is_multistep != bool(self.lr_milestone_epochs):
+            raise RecipeError(
+                f"lr_scheduler_type={self.lr_scheduler_type!r} with lr_milestone_epochs={self.lr_milestone_epochs}: "
+                "multistep needs milestones, and cosine has none"
+            )
+        self._check("positive numbers", lambda epochs: min(epochs) > 0, "lr_milestone_epochs")
+        if is_multistep and self.min_learning_rate:
+            raise RecipeError(f"min_learning_rate={self.min_learning_rate} is for cosine: leave it out")
 
 
 def read_recipe(path: str | Path) -> dict[str, Any]:
@@ -167,7 +196,7 @@ def config_fields(config_class: type[PreTrainedConfig]) -> list[str]:
 def parse_arguments(
     argv: Sequence[str] | None,
     groups: Sequence[type],
-    config_class: type[PreTrainedConfig],
+    config_classes: Sequence[type[PreTrainedConfig]],
     default_recipe: Path,
     description: str,
 ) -> tuple[list[Any], dict[str, Any], Path]:
@@ -176,7 +205,7 @@ def parse_arguments(
     Args:
         argv: the command line; None = the process's.
         groups: dataclasses whose fields are the flags.
-        config_class: the model's configuration, whose fields are flags as well.
+        config_classes: the models' configurations, whose fields are flags as well.
 
     Returns:
         One instance per group, the model configuration's fields that recipe or flags set, and the recipe's path.
@@ -186,14 +215,17 @@ def parse_arguments(
     """
     parser = HfArgumentParser(groups, description=description, allow_abbrev=False)
     parser.add_argument("--config", type=Path, default=default_recipe, help="A recipe: YAML of these flags' values.")
-    model_group = parser.add_argument_group("model configuration", f"Fields of {config_class.__name__}.")
-    for name in config_fields(config_class):
-        model_group.add_argument(f"--{name}", type=_parse_value, default=argparse.SUPPRESS)
+    fields: set[str] = set()
+    for config_class in config_classes:
+        own = [name for name in config_fields(config_class) if name not in fields]
+        model_group = parser.add_argument_group("model configuration", f"Fields of {config_class.__name__}.")
+        for name in own:
+            model_group.add_argument(f"--{name}", type=_parse_value, default=argparse.SUPPRESS)
+        fields.update(own)
 
     recipe_path = Path(flag_value(argv, "config") or default_recipe)
     recipe = read_recipe(recipe_path)
-    check_recipe(recipe, groups, config_class)
-    fields = set(config_fields(config_class))
+    check_recipe(recipe, groups, fields)
     if any(flag_value(argv, place) is not None for place in PLACES):
         recipe = {key: value for key, value in recipe.items() if key not in DATA_KEYS}
     parser.set_defaults(**{key: value for key, value in recipe.items() if key not in fields})
@@ -208,12 +240,12 @@ def parse_arguments(
     return instances, {**{k: v for k, v in recipe.items() if k in fields}, **overrides}, recipe_path
 
 
-def check_recipe(recipe: dict[str, Any], groups: Sequence[type], config_class: type[PreTrainedConfig]) -> None:
+def check_recipe(recipe: dict[str, Any], groups: Sequence[type], model_fields: Collection[str]) -> None:
     """Raises a RecipeError that names the key, where one is unknown or has a value of the wrong type.
 
     The model configuration's fields are checked by the configuration itself, when it is built.
     """
-    known = [f.name for group in groups for f in dataclasses.fields(group)] + config_fields(config_class)
+    known = [f.name for group in groups for f in dataclasses.fields(group)] + sorted(model_fields)
     for key in recipe:
         if key not in known:
             raise RecipeError(f"unknown key {key!r}{_did_you_mean(str(key), known)}")

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import EvalPrediction
 from transformers.modeling_outputs import ImageClassifierOutput
 
-from ..modeling_mimae import classification_loss
+from ..modeling_mim import classification_loss
 
 
 class LinearProbe(nn.Module):

@@ -49,7 +49,7 @@ class ReconstructionMonitor:
                 pixel_values.float().cpu(),
                 output.logits.float().cpu(),
                 output.mask.cpu(),
-                patch_size=model.config.patch_size,
+                unit_size=model.config.unit_size,
                 norm_pix_loss=model.config.norm_pix_loss,
                 mean=self._normalize.mean,
                 std=self._normalize.std,

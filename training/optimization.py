@@ -2,6 +2,7 @@
 
 import logging
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +12,6 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 logger = logging.getLogger(__name__)
-
-# parameters with more than one dimension that are vectors in kind (models_vit.py of the official MAE)
-UNDECAYED_TOKENS = ("cls_token", "position_embeddings")
 
 
 def scaled_learning_rate(
@@ -27,17 +25,17 @@ def scaled_learning_rate(
     return base_learning_rate * batch / base_batch
 
 
-@dataclass(frozen=True)
-class WarmupCosine:
-    """The learning rate of each optimiser step, counted from 0: linear to `peak`, then a half-cosine to `final`.
+@dataclass(frozen=True, kw_only=True)
+class WarmupSchedule(ABC):
+    """The learning rate of each optimiser step, counted from 0: linear from `start` to `peak`, then the subclass's.
 
-    As in the official MAE, which sets it per iteration; the first step's is 0.
+    Set per step, as in the official MAE and SimMIM.
     """
 
     peak: float
-    final: float
     warmup_steps: int
     total_steps: int
+    start: float = 0.0
 
     def __post_init__(self):
         if self.warmup_steps >= self.total_steps:
@@ -45,17 +43,42 @@ class WarmupCosine:
 
     def __call__(self, step: int) -> float:
         if step < self.warmup_steps:
-            return self.peak * step / self.warmup_steps
+            return self.start + (self.peak - self.start) * step / self.warmup_steps
+        return self.after_warmup(step)
+
+    @abstractmethod
+    def after_warmup(self, step: int) -> float:
+        """The learning rate of a step that follows the warm-up."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WarmupCosine(WarmupSchedule):
+    """After the warm-up a half-cosine to `final`, as in the official MAE."""
+
+    final: float
+
+    def after_warmup(self, step: int) -> float:
         progress = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
         return self.final + (self.peak - self.final) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
+@dataclass(frozen=True, kw_only=True)
+class WarmupMultiStep(WarmupSchedule):
+    """After the warm-up `peak`, times `gamma` from each of the steps `milestones` on, as in the official SimMIM."""
+
+    milestones: tuple[int, ...]
+    gamma: float
+
+    def after_warmup(self, step: int) -> float:
+        return self.peak * self.gamma ** sum(step >= milestone for milestone in self.milestones)
+
+
 def build_adamw(model: nn.Module, *, weight_decay: float, betas: tuple[float, float]) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters, in two groups: biases and other vectors do not decay.
+    """AdamW over the trainable parameters, in two groups: vectors do not decay, nor what the model exempts.
 
     Fused, because that variant takes `found_inf`: a step can be skipped on the device, without a host sync.
     """
-    groups = param_groups_weight_decay(model, weight_decay)
+    groups = param_groups_weight_decay(model, weight_decay, no_weight_decay_list=model.no_weight_decay())
     return torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
 
 
@@ -80,12 +103,13 @@ def build_finetuning_adamw(
 def layer_decay_groups(model: nn.Module, *, weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:
     """Parameter groups whose learning rate falls with the distance from the head.
 
-    lr_scale = layer_decay ** (depth + 1 - layer). The embeddings are layer 0 and block i is layer i + 1; what follows
-    the blocks, the last norm included, has scale 1 (facebookresearch/mae, util/lr_decay.py; timm's own rule counts the
-    last norm to the last block). As there, vectors, the class token and the positions do not decay.
+    lr_scale = layer_decay ** (depth + 1 - layer). The embeddings are layer 0 and block i, counted over all stages, is
+    layer i + 1; what follows the blocks, the last norm included, has scale 1 (facebookresearch/mae, util/lr_decay.py,
+    and microsoft/SimMIM, optimizer.py; timm's own rule counts the last norm to the last block). As there, vectors do
+    not decay, nor what the model exempts.
 
     Args:
-        model: has its encoder as `base_model`, and that has `embeddings` and the list `layers`.
+        model: has `no_weight_decay()`, and its encoder as `base_model`, which has `modules_by_depth()`.
         weight_decay: of the parameters that do decay.
         layer_decay: in (0, 1]; with 1 all layers learn alike.
 
@@ -99,21 +123,20 @@ def layer_decay_groups(model: nn.Module, *, weight_decay: float, layer_decay: fl
     """
     if not 0 < layer_decay <= 1:
         raise ValueError(f"layer_decay={layer_decay} must be above 0 and at most 1 (1: all layers learn alike)")
-    encoder = model.base_model
-    layers = [encoder.embeddings, *encoder.layers]
+    layers, undecayed = model.base_model.modules_by_depth(), model.no_weight_decay()
     layer_of = {id(parameter): layer for layer, module in enumerate(layers) for parameter in module.parameters()}
     groups: dict[tuple[float, float], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         scale = layer_decay ** (len(layers) - layer_of.get(id(parameter), len(layers)))
-        decay = 0.0 if parameter.ndim <= 1 or name.endswith(UNDECAYED_TOKENS) else weight_decay
+        decay = 0.0 if parameter.ndim <= 1 or name in undecayed else weight_decay
         group = groups.setdefault((scale, decay), {"params": [], "lr_scale": scale, "weight_decay": decay})
         group["params"].append((name, parameter))
     return sorted(groups.values(), key=lambda group: -group["lr_scale"])
 
 
-def schedule_as_lambda(optimizer: torch.optim.Optimizer, schedule: WarmupCosine) -> LambdaLR:
+def schedule_as_lambda(optimizer: torch.optim.Optimizer, schedule: WarmupSchedule) -> LambdaLR:
     """The schedule as a factor on the learning rate that each group has now, for `transformers.Trainer`.
 
     Groups keep their ratio at every step, the final learning rate included, as in the official MAE

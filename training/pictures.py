@@ -1,7 +1,7 @@
 """What the model sees and what it makes of it, as a picture.
 
-Shapes: B images, N masks per image, C channels, H × W pixels, L patches, P = patch_size² · C values in a patch,
-ordered (row, column, channel) as ViTMAE orders them. In a mask 1 is masked, 0 is visible.
+Shapes: B images, N masks per image, C channels, H × W pixels, L units of a mask, P = unit_size² · C values of one, in
+the order of `patchify`. In a mask 1 is masked, 0 is visible.
 """
 
 import os
@@ -12,6 +12,7 @@ import torch
 from matplotlib.figure import Figure
 
 from ..evaluation.pictures import INK, save_figure
+from ..modeling_mim import patchify, unpatchify
 
 TILE_SIZE = 128  # pixels of the longer side of a small image, at least
 GAP = 4  # pixels between images
@@ -20,30 +21,12 @@ HEADER = 56  # pixels above the images
 FAINT = "#8a8a8a"
 
 
-def patchify(pixel_values: torch.Tensor, patch_size: int) -> torch.Tensor:
-    """Cut images (B, C, H, W) into patches (B, L, P), row by row."""
-    batch_size, channels, height, width = pixel_values.shape
-    rows, columns = height // patch_size, width // patch_size
-    patches = pixel_values.reshape(batch_size, channels, rows, patch_size, columns, patch_size)
-    patches = patches.permute(0, 2, 4, 3, 5, 1)  # (B, rows, columns, patch_size, patch_size, C)
-    return patches.reshape(batch_size, rows * columns, patch_size**2 * channels)
-
-
-def unpatchify(patches: torch.Tensor, patch_size: int, height: int, width: int) -> torch.Tensor:
-    """Put patches (..., L, P) together again as images (..., C, H, W)."""
-    rows, columns = height // patch_size, width // patch_size
-    leading = patches.shape[:-2]
-    images = patches.reshape(-1, rows, columns, patch_size, patch_size, patches.shape[-1] // patch_size**2)
-    images = images.permute(0, 5, 1, 3, 2, 4)  # (-1, C, rows, patch_size, columns, patch_size)
-    return images.reshape(*leading, -1, height, width)
-
-
 def reconstruction_images(
     pixel_values: torch.Tensor,
     logits: torch.Tensor,
     mask: torch.Tensor,
     *,
-    patch_size: int,
+    unit_size: int,
     norm_pix_loss: bool,
     mask_color: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -56,7 +39,7 @@ def reconstruction_images(
         pixel_values: (B, C, H, W), normalised.
         logits: (B, N, L, P), the predicted patches.
         mask: (B, N, L), 1 where a patch was masked.
-        patch_size: side of a patch in pixels.
+        unit_size: side in pixels of what an entry of the mask stands for.
         norm_pix_loss: whether the predictions are of normalised patches.
         mask_color: (C,), what masked patches are painted with; zeros, the mean colour, by default.
 
@@ -64,7 +47,7 @@ def reconstruction_images(
         (B, 1 + 2N, C, H, W), float32, in the space of `pixel_values`.
     """
     height, width = pixel_values.shape[-2:]
-    target = patchify(pixel_values.float(), patch_size)[:, None]  # (B, 1, L, P)
+    target = patchify(pixel_values.float(), unit_size)[:, None]  # (B, 1, L, P)
     predicted = logits.float()  # (B, N, L, P)
     if norm_pix_loss:
         mean, variance = target.mean(-1, keepdim=True), target.var(-1, keepdim=True)  # (B, 1, L, 1)
@@ -72,9 +55,10 @@ def reconstruction_images(
     if mask_color is None:
         mask_color = target.new_zeros(pixel_values.shape[1])
     masked = mask.bool()[..., None]  # (B, N, L, 1)
-    views = torch.where(masked, mask_color.to(target).repeat(patch_size**2), target)
+    views = torch.where(masked, mask_color.to(target).repeat(unit_size**2), target)
     completed = torch.where(masked, predicted, target)
-    return unpatchify(torch.cat([target, views, completed], dim=1), patch_size, height, width)
+    shown = torch.cat([target, views, completed], dim=1)  # (B, 1 + 2N, L, P)
+    return unpatchify(shown.flatten(0, 1), unit_size, (height, width)).unflatten(0, shown.shape[:2])
 
 
 def save_reconstructions(
@@ -83,7 +67,7 @@ def save_reconstructions(
     logits: torch.Tensor,
     mask: torch.Tensor,
     *,
-    patch_size: int,
+    unit_size: int,
     norm_pix_loss: bool,
     mean: Sequence[float],
     std: Sequence[float],
@@ -95,7 +79,7 @@ def save_reconstructions(
 
     Args:
         path: where the PNG goes.
-        pixel_values, logits, mask, patch_size, norm_pix_loss: as in `reconstruction_images`.
+        pixel_values, logits, mask, unit_size, norm_pix_loss: as in `reconstruction_images`.
         mean, std: per channel, what the pixels in [0, 1] were normalised with.
         max_images: rows, at most.
     """
@@ -106,7 +90,7 @@ def save_reconstructions(
         pixel_values[:max_images],
         logits[:max_images].detach(),
         mask[:max_images],
-        patch_size=patch_size,
+        unit_size=unit_size,
         norm_pix_loss=norm_pix_loss,
         mask_color=((0.5 - mean) / std).flatten(),
     )

@@ -33,7 +33,7 @@ from .checkpoints import (
     write_json,
 )
 from .metrics import OUTPUT_SCALARS, MetricLog, StepMeter
-from .optimization import WarmupCosine, clip_gradients, parameter_names
+from .optimization import WarmupSchedule, clip_gradients, parameter_names
 from .signals import RunStopped, StopRequest
 
 logger = logging.getLogger(__name__)
@@ -91,7 +91,7 @@ class Pretrainer:
         optimizer: torch.optim.Optimizer,
         loader: PretrainingLoader,
         normalize: Normalization,
-        schedule: WarmupCosine,
+        schedule: WarmupSchedule,
         gradient_accumulation_steps: int,
         max_grad_norm: float | None,
         max_nonfinite_steps: int,
