@@ -203,9 +203,10 @@ class MISimMIMModel(MISimMIMPreTrainedModel, SwinModel):
             noise: (B, L), or (B, N, L) for independent masks: what the masks are cut from; None = drawn here.
 
         Raises:
-            ValueError: see `embed_patches` and `draw_masks`.
+            ValueError: see `embed_patches` and `draw_masks`; images that the units of a mask do not divide.
         """
         config = self.config
+        check_image_size(config, pixel_values.shape[-2:], interpolate_pos_encoding, divisor="mask_patch_size")
         patches = self.embed_patches(pixel_values, interpolate_pos_encoding).unsqueeze(1)  # (B, 1, D₁, H/p, W/p)
         grid_size = [side // config.mask_patch_size for side in pixel_values.shape[-2:]]
         ids_visible, mask, ids_restore = draw_masks(
