@@ -292,7 +292,7 @@ class MIMForPreTrainingMixin:
             attentions=views.attentions,
         )
 
-    def patchify(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = True) -> torch.Tensor:
+    def patchify(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) → (B, L, P), of any size that the units divide."""
         return patchify(pixel_values, self.config.unit_size)
 
