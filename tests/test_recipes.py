@@ -7,10 +7,10 @@ import pytest
 import torch
 import yaml
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedConfig
 
-from mimae import MIMAEConfig, MIMAEForPreTraining
 from mimae.data.arguments import DataArguments
-from mimae.run_mim_pretrain import RECIPES
+from mimae.run_mim_pretrain import RECIPES, build_schedule
 from mimae.training.arguments import (
     ModelArguments,
     PretrainingArguments,
@@ -19,7 +19,7 @@ from mimae.training.arguments import (
     parse_arguments,
     read_recipe,
 )
-from mimae.training.families import CONFIG_CLASSES, family_named
+from mimae.training.families import CONFIG_CLASSES, Family, family_named
 
 # of pre-training; those that name a task are run_image_classification.py's
 ALL_RECIPES = sorted(path for path in RECIPES.rglob("*.yaml") if "task" not in read_recipe(path))
@@ -34,9 +34,13 @@ def parse(*argv: str, recipe: Path = RECIPES / "demo.yaml"):
     return groups, fields
 
 
-def config_of(recipe: Path) -> MIMAEConfig:
+def family_of(recipe: Path) -> Family:
+    return family_named(read_recipe(recipe).get("model_type", "mimae"))
+
+
+def config_of(recipe: Path) -> PreTrainedConfig:
     (model_args, *_), fields = parse("--config", str(recipe))
-    return family_named(model_args.model_type).build_config(model_args.preset, fields)
+    return family_of(recipe).build_config(model_args.preset, fields)
 
 
 def write(tmp_path: Path, text: str) -> Path:
@@ -51,6 +55,7 @@ def test_there_is_a_recipe_for_each_row_of_the_papers_pre_training_tables():
     assert {f"imagenet/{name}" for name in ("mimae_vit_base_200e", "mimae_vit_base_400e")} <= names
     assert {f"imagenet/mae_vit_{name}" for name in ("base_800e", "base_1600e", "small_800e")} <= names
     assert "imagenet/mimae_vit_small_200e" in names
+    assert {f"imagenet/{name}" for name in ("misimmim_swin_base_400e", "simmim_swin_base_800e")} <= names
     assert len([name for name in names if re.search(r"ablation/losses_[a-f]_", name)]) == 6
     assert len([name for name in names if "ablation/weights_" in name]) == 5  # (1, 10) is row (f)
     assert len([name for name in names if "ablation/ratio_" in name]) == 18
@@ -62,7 +67,7 @@ def test_recipe_is_well_typed_builds_its_model_and_costs_what_its_header_says(re
     (_, data_args, args), _ = parse("--config", str(recipe))
     config = config_of(recipe)
     with torch.device("meta"):
-        model = MIMAEForPreTraining(config)
+        model = family_of(recipe).pretraining_class(config)
         pixel_values = torch.empty(1, config.num_channels, *config.image_size_2d)
         noise = torch.empty(1, *config.noise_shape)
     with FlopCounterMode(display=False) as counter:
@@ -84,25 +89,67 @@ def test_recipe_is_well_typed_builds_its_model_and_costs_what_its_header_says(re
     assert f"recipes/{recipe.relative_to(RECIPES)}" in header
 
 
-@pytest.mark.parametrize("folder", ["fashion_mnist", "imagenet"])
-def test_arms_that_are_compared_have_as_many_views_steps_and_the_same_learning_rate(folder):
-    mae, mimae = {
-        "fashion_mnist": ("fashion_mnist/mae", "fashion_mnist/mimae"),
-        "imagenet": ("imagenet/mae_vit_base_800e", "imagenet/mimae_vit_base_200e"),
-    }[folder]
-    arms = []
-    for name in (mae, mimae):
-        (_, _, args), _ = parse("--config", str(RECIPES / f"{name}.yaml"))
-        num_views = config_of(RECIPES / f"{name}.yaml").num_views
-        arms.append(
-            {
-                "views a step": args.per_device_train_batch_size * num_views,
-                "views": args.num_train_epochs * num_views,
-                "warm-up views": args.warmup_epochs * num_views,
-                "base": (args.base_learning_rate, args.lr_base_batch, args.lr_batch_unit, args.weight_decay),
-            }
-        )
+@pytest.mark.parametrize(
+    ("baseline", "ours"),
+    [
+        ("fashion_mnist/mae", "fashion_mnist/mimae"),
+        ("imagenet/mae_vit_base_800e", "imagenet/mimae_vit_base_200e"),
+        ("imagenet/simmim_swin_base_800e", "imagenet/misimmim_swin_base_400e"),
+    ],
+)
+def test_arms_that_are_compared_have_equal_views_and_rates_and_differ_in_masks_and_weights_alone(baseline, ours):
+    arms, configs = [], []
+    for name in (baseline, ours):
+        recipe = RECIPES / f"{name}.yaml"
+        (_, data_args, args), _ = parse("--config", str(recipe))
+        num_views = config_of(recipe).num_views
+        counted = {
+            "per_device_train_batch_size": args.per_device_train_batch_size * num_views,
+            "num_train_epochs": args.num_train_epochs * num_views,
+            "warmup_epochs": args.warmup_epochs * num_views,
+            "lr_milestone_epochs": [epoch * num_views for epoch in args.lr_milestone_epochs or []],
+        }
+        arms.append({**vars(data_args), **vars(args), **counted})
+        configs.append(config_of(recipe).to_dict())
     assert arms[0] == arms[1]
+    masks_and_weights = {"num_masks", "mask_ratio", "mi_max_weight", "mi_min_weight"}
+    assert {name for name, value in configs[0].items() if configs[1][name] != value} <= masks_and_weights
+
+
+# of microsoft/SimMIM, configs/swin_base__{800,100}ep: rates are per 512 images there
+@pytest.mark.parametrize(
+    ("name", "start", "peak", "final", "epochs", "milestone", "num_masked"),
+    [
+        ("simmim_swin_base_800e", 5e-7, 1e-4, 1e-5, 800, 700, 22),  # ceil(0.6 * 36) masked units
+        ("simmim_swin_base_100e", 1e-6, 2e-4, 1e-5, 100, None, 22),
+        ("misimmim_swin_base_400e", 5e-7, 1e-4, 1e-5, 400, 350, 18),
+    ],
+)
+def test_simmim_recipes_have_the_official_rates_clipping_crops_and_sizes(
+    name, start, peak, final, epochs, milestone, num_masked
+):
+    recipe = RECIPES / "imagenet" / f"{name}.yaml"
+    (_, data_args, args), _ = parse("--config", str(recipe))
+    config, images_per_step = config_of(recipe), 8 * args.per_device_train_batch_size
+    assert images_per_step * config.num_views == 2048
+    steps_per_epoch = IMAGENET_TRAIN_IMAGES // images_per_step
+    schedule = build_schedule(args, steps_per_epoch, images_per_step, config.num_views)
+
+    scale = 2048 / 512
+    assert schedule.warmup_steps == 10 * steps_per_epoch // config.num_views
+    assert schedule(0) == pytest.approx(start * scale)
+    assert schedule(schedule.warmup_steps) == pytest.approx(peak * scale)
+    assert schedule(epochs * steps_per_epoch) == pytest.approx(final * scale)
+    assert schedule.total_steps == epochs * steps_per_epoch
+    if milestone is not None:
+        assert schedule(milestone * steps_per_epoch - 1) == pytest.approx(peak * scale)
+        assert schedule(milestone * steps_per_epoch) == pytest.approx(final * scale)
+
+    assert (args.adam_beta1, args.adam_beta2, args.weight_decay, args.max_grad_norm) == (0.9, 0.999, 0.05, 5.0)
+    assert (data_args.min_crop_scale, data_args.horizontal_flip) == (0.67, 0.5)
+    assert (config.image_size, config.window_size, config.mask_patch_size, config.patch_size) == (192, 6, 32, 4)
+    assert (config.embed_dim, tuple(config.depths), tuple(config.num_heads)) == (128, (2, 2, 18, 2), (4, 8, 16, 32))
+    assert (config.drop_path_rate, config.num_patches - config.num_visible) == (0.0, num_masked)
 
 
 def test_the_demo_differs_from_the_imagenet_recipe_in_size_and_steps_alone():
