@@ -209,7 +209,10 @@ def build_loader(
     return PretrainingLoader(
         source,
         transform=pretraining_transform(
-            config.image_size_2d, min_scale=data_args.min_crop_scale, horizontal_flip=data_args.horizontal_flip
+            config.image_size_2d,
+            min_scale=data_args.min_crop_scale,
+            horizontal_flip=data_args.horizontal_flip,
+            interpolation=args.crop_interpolation,
         ),
         num_channels=config.num_channels,
         noise_shape=config.noise_shape,
@@ -311,7 +314,7 @@ def run_settings(
         **{name: getattr(config, name) for name in config_fields(type(config))},
         **{name: getattr(data_args, name) for name in ("min_crop_scale", "horizontal_flip")},
         **{name: getattr(args, name) for name in ("seed", "gradient_accumulation_steps", "weight_decay")},
-        **{name: getattr(args, name) for name in ("adam_beta1", "adam_beta2", "max_grad_norm")},
+        **{name: getattr(args, name) for name in ("adam_beta1", "adam_beta2", "max_grad_norm", "crop_interpolation")},
         **{f"schedule.{name}": value for name, value in asdict(schedule).items()},
         "images": loader.source.fingerprint,
         "images_per_epoch": loader.num_samples,

@@ -151,12 +151,17 @@ class DataArguments:
 def check_types(arguments: Any) -> None:
     """Refuses, by name, a field of a dataclass whose value is not of the annotated type; turns `1` into a float.
 
+    So it does with the items of a list.
+
     `huggingface_hub`'s `@strict` would do it, were it not for `HfArgumentParser`, which writes over `field.type`.
     """
     annotations = get_type_hints(type(arguments))
     for name in (f.name for f in fields(arguments)):
         value, annotation = getattr(arguments, name), annotations[name]
-        if type(value) is int and float in (annotation, *get_args(annotation)):
-            setattr(arguments, name, float(value))
-        else:
-            type_validator(name, value, annotation)
+        alternatives = (annotation, *get_args(annotation))
+        if type(value) is int and float in alternatives:
+            value = float(value)
+        elif type(value) is list and list[float] in alternatives:
+            value = [float(item) if type(item) is int else item for item in value]
+        setattr(arguments, name, value)
+        type_validator(name, value, annotation)

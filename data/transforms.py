@@ -4,6 +4,7 @@ Shapes: B images, C channels, h, w the model's image size.
 """
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torchvision.transforms import InterpolationMode, v2
@@ -15,13 +16,15 @@ def pretraining_transform(
     min_scale: float = 0.2,
     max_scale: float = 1.0,
     horizontal_flip: float = 0.5,
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic",
 ) -> torch.nn.Module:
-    """The augmentation of MAE (He et al. 2022, appendix A.1): a random crop, resized, and a flip.
+    """The augmentation of MAE (He et al. 2022, appendix A.1) and of SimMIM: a random crop, resized, and a flip.
 
     Args:
         image_size: int or (h, w), pixels.
         min_scale, max_scale: smallest and largest crop, as a fraction of the image's area.
         horizontal_flip: probability of a flip; 0 for digits and letters.
+        interpolation: of the crop; MAE's is bicubic, SimMIM's bilinear.
 
     Returns:
         a module, uint8 (C, H, W) -> uint8 (C, h, w), which draws from torch's default generator only.
@@ -29,7 +32,7 @@ def pretraining_transform(
     crop = v2.RandomResizedCrop(
         _height_width(image_size),
         scale=(min_scale, max_scale),
-        interpolation=InterpolationMode.BICUBIC,
+        interpolation=InterpolationMode(interpolation),
         antialias=True,
     )
     return v2.Compose([crop, v2.RandomHorizontalFlip(horizontal_flip)])

@@ -21,6 +21,15 @@ def test_pretraining_gives_uint8_of_the_size_asked_for(image_size, shape):
         assert view.dtype == torch.uint8
 
 
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+def test_the_crop_is_torchvisions_with_the_interpolation_asked_for(interpolation):
+    crop = v2.RandomResizedCrop(32, scale=(0.2, 1.0), interpolation=InterpolationMode(interpolation), antialias=True)
+    torch.manual_seed(0)
+    expected = crop(IMAGE)
+    torch.manual_seed(0)
+    assert torch.equal(pretraining_transform(32, horizontal_flip=0.0, interpolation=interpolation)(IMAGE), expected)
+
+
 def test_flip_probabilities_zero_and_one_are_obeyed():
     for probability, expected in ((0.0, IMAGE), (1.0, IMAGE.flip(2))):
         transform = pretraining_transform((300, 451), min_scale=1.0, horizontal_flip=probability)

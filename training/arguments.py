@@ -147,6 +147,7 @@ class PretrainingArguments(RunArguments):
     adam_beta1: float = option(0.9, "AdamW.")
     adam_beta2: float = option(0.95, "AdamW.")
     max_nonfinite_steps: int = option(10, "Stop after so many steps in a row without a finite gradient.")
+    crop_interpolation: Literal["bicubic", "bilinear"] = option("bicubic", "Of the random crop; SimMIM's is bilinear.")
     probe_samples: int = option(5000, "At most so many images to fit the probe on, and to test it; 0: no probe.")
 
     AT_LEAST_1: ClassVar = (*RunArguments.AT_LEAST_1, "lr_base_batch", "max_nonfinite_steps")
