@@ -29,7 +29,7 @@ TINY = {
 SHORT = {
     "use_cpu": True,
     "cpu_threads": 1,
-    "per_device_train_batch_size": 256,
+    "per_device_train_batch_size": 64,
     "report_to": "none",
     "logging_steps": 1,
     "warmup_epochs": 0,
@@ -98,22 +98,21 @@ def test_fine_tuning_leaves_a_model_that_is_evaluated_alike(classifier, tmp_path
 
 
 def test_layer_decay_moves_early_layers_of_a_swin_less(pretrained, tmp_path):
-    """One step of AdamW moves each weight by its learning rate, which is 0.1 of the next layer's."""
-    values = {"max_train_steps": 1, "layer_decay": 0.1, "weight_decay": 0.0, "mixup": 0, "cutmix": 0}
-    run("finetune", tmp_path / "run", model_name_or_path=pretrained, base_learning_rate=1e-3, **values)
+    """One step of AdamW moves each weight by its learning rate, which is 0.3 of the next layer's."""
+    values = {"max_train_steps": 1, "layer_decay": 0.3, "weight_decay": 0.0, "mixup": 0, "cutmix": 0}
+    run("finetune", tmp_path / "run", model_name_or_path=pretrained, base_learning_rate=4e-3, **values)
     before, after = weights(pretrained), weights(tmp_path / "run")
-    last_block = "swin.encoder.layers.1.blocks.1.mlp.fc2.weight"  # of 4: layers 1 … 4, the embeddings are 0
     names = {
         0: "swin.embeddings.patch_embeddings.projection.weight",
         1: "swin.encoder.layers.0.blocks.0.mlp.fc2.weight",
         2: "swin.encoder.layers.0.downsample.reduction.weight",
         3: "swin.encoder.layers.1.blocks.0.mlp.fc2.weight",
-        4: last_block,
+        4: "swin.encoder.layers.1.blocks.1.mlp.fc2.weight",
         5: "swin.layernorm.weight",
     }
     for layer, name in names.items():
         step = (after[name] - before[name]).abs().max().item()
-        assert step == pytest.approx(1e-3 * 0.1 ** (5 - layer), rel=0.5 if layer < 3 else 0.05), name
+        assert step == pytest.approx(1e-3 * 0.3 ** (5 - layer), rel=0.02), name
 
 
 def test_a_resumed_fine_tuning_of_a_swin_equals_an_uninterrupted_one(classifier, pretrained, tmp_path):
@@ -142,9 +141,8 @@ def test_a_probe_of_the_last_map_leaves_a_classifier_that_is_as_good(pretrained,
 def test_neighbours_vote_by_the_mean_of_the_last_map(pretrained, tmp_path):
     results = run("knn", tmp_path / "trained", model_name_or_path=pretrained, knn_k=[1])
     control = run("knn", tmp_path / "control", "--untrained", model_name_or_path=pretrained, knn_k=[1])
-    named = run("knn", tmp_path / "named", model_name_or_path=pretrained, knn_k=[1], feature_pooling="mean")
     assert results["metrics"]["accuracy"] > 0.2
-    assert control["metrics"] != results["metrics"] == named["metrics"]
+    assert control["metrics"] != results["metrics"]
 
 
 # --- what it starts from --------------------------------------------------------------------------------------------
@@ -162,7 +160,9 @@ def test_a_published_simmim_and_the_stock_swin_made_of_ours_start_the_same(pretr
     exported.save_pretrained(tmp_path / "exported")
 
     processor = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
-    expected = run("knn", tmp_path / "ours", model_name_or_path=pretrained, knn_k=[1, 5], **processor)
+    expected = run(
+        "knn", tmp_path / "ours", model_name_or_path=pretrained, knn_k=[1, 5], feature_pooling="mean", **processor
+    )
     for name in ("published", "exported"):
         found = run("knn", tmp_path / f"of_{name}", model_name_or_path=tmp_path / name, knn_k=[1, 5], **processor)
         assert found["metrics"] == expected["metrics"]

@@ -134,7 +134,6 @@ class Checkpoint:
         if unfit:
             logger.info("%s has no head that fits: a new one starts from random weights", self.path)
         if any(_as_json(getattr(config, name)) != _as_json(value) for name, value in geometry.items()):
-            logger.info("%s was made for other images or windows", self.path)
             config._attn_implementation = model.config._attn_implementation
             state = self.family.fit_weights(model.state_dict(), there, config)
             model = model_class(config)
