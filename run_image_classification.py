@@ -29,9 +29,8 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import set_seed
 from torch import nn
-from transformers import EvalPrediction, TrainingArguments, ViTImageProcessor
+from transformers import EvalPrediction, PreTrainedConfig, PreTrainedModel, TrainingArguments, ViTImageProcessor
 
-from mimae import MIMAEConfig, MIMAEForImageClassification, MIMAEModel
 from mimae.data.arguments import PLACES
 from mimae.data.augmentation import Mixing, Transform, finetuning_transform, mixing, normalized, probe_transform
 from mimae.data.classification import ClassificationEvaluationLoader, ClassificationLoader
@@ -41,7 +40,6 @@ from mimae.data.subsets import SubsetSource, low_shot_indices, read_subset_file
 from mimae.data.transforms import Normalization, evaluation_transform
 from mimae.evaluation.metrics import TopKAccuracy
 from mimae.evaluation.probes import knn_accuracies
-from mimae.modeling_mimae import MIMAEPreTrainedModel
 from mimae.training.arguments import HubArguments, ModelArguments, RecipeError, flag_value, parse_arguments
 from mimae.training.bad_images import BadImageLimit
 from mimae.training.classes import class_names, label_map, numbered
@@ -61,7 +59,8 @@ from mimae.training.robustness_tests import RobustnessTest, corruption_test, ima
 from mimae.training.run_folder import claim_output_dir, clear_output_dir
 from mimae.training.sealed_checkpoints import checkpoint_to_resume
 from mimae.training.signals import RunStopped
-from mimae.training.warm_start import Checkpoint, UnfitCheckpointError
+from mimae.training.starting_model import StartingModel
+from mimae.training.warm_start import UnfitCheckpointError
 
 logger = logging.getLogger("mimae")
 
@@ -86,7 +85,6 @@ SETTINGS = (
     "label_smoothing",
     "ema_decay",
     "probe_learning_rates",
-    "feature_pooling",
 )
 PICTURED_IMAGES = 1000
 
@@ -104,8 +102,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     (model_args, data_args, args, hub_args), model_fields, recipe = parse_arguments(
         argv, groups, CONFIG_CLASSES, default_recipe=default_recipe(argv), description=__doc__
     )
-    if hub_args.push_to_hub and not args.leaves_model:
-        raise RecipeError(f"--push_to_hub: --task {args.task} with these flags leaves no model to push")
     output_dir = start_processes(args, recipe)
     set_seed(args.seed)
     run = ClassificationRun(model_args, data_args, args, hub_args, model_fields, output_dir)
@@ -160,12 +156,19 @@ class ClassificationRun:
         path = model_args.model_name_or_path
         if path is not None and output_dir.resolve() in (Path(path).resolve(), *Path(path).resolve().parents):
             raise ValueError(f"--output_dir {output_dir} holds the model that the run starts from: take another")
-        if path is not None and model_args.preset is not None:
-            raise RecipeError(f"--model_name_or_path {path} says how the model is built: leave --preset out")
-        self.checkpoint = None if path is None else Checkpoint(path)
-        config = self.config()
+        self.start = StartingModel(
+            path, model_type=model_args.model_type, preset=model_args.preset, fields=model_fields
+        )
+        self.family, self.pooling = self.start.family, self.start.family.pooling(args.feature_pooling)
+        is_model_of_probe = args.task == "linear_probe" and self.pooling == self.family.usual_pooling
+        self.leaves_model = args.task == "finetune" or is_model_of_probe
+        if hub_args.push_to_hub and not self.leaves_model:
+            raise RecipeError(f"--push_to_hub: --task {args.task} with these flags leaves no model to push")
+        config = self.start.config()
+        if remark := self.family.remark(config):
+            logger.info(remark)
         self.image_size, self.num_channels = config.image_size_2d, config.num_channels
-        known = self.checkpoint.channel_statistics() if self.checkpoint else (None, None)
+        known = self.start.checkpoint.channel_statistics() if self.start.checkpoint else (None, None)
         self.mean, self.std = channel_statistics(
             self.num_channels, args.image_mean or known[0], args.image_std or known[1]
         )
@@ -176,7 +179,7 @@ class ClassificationRun:
         """Trains the whole model, tests it and saves it in the run's folder."""
         args = self.args
         names = class_names(self.training_images)
-        model = self.load(MIMAEForImageClassification, self.config(numbered(names)))
+        model = self.load(self.family.classification_class, self.start.config(numbered(names)))
         transform = finetuning_transform(
             self.image_size,
             mean=self.mean,
@@ -212,13 +215,12 @@ class ClassificationRun:
     def linear_probe(self) -> dict[str, Any]:
         """Trains linear classifiers on frozen features, one for each learning rate, and tests them."""
         names = class_names(self.training_images)
-        encoder = self.load(MIMAEModel, self.config())
+        encoder = self.load_encoder()
         probe = LinearProbe(
             encoder,
             feature_size=encoder.config.hidden_size,
             num_classes=len(names),
             learning_rates=[self.scaled(rate) for rate in self.args.probe_learning_rates],
-            pooling=self.args.feature_pooling,
         )
         transform = probe_transform(
             self.image_size,
@@ -235,7 +237,7 @@ class ClassificationRun:
             metrics_of_heads(probe.learning_rates, accuracy_of_classes),
         )
         metrics, _, targets = self.train_and_test(trainer)
-        if self.args.leaves_model:
+        if self.leaves_model:
             best = probe.as_linear(probe.learning_rates.index(metrics["best_learning_rate"]))
             self.save(self.probing_classifier(encoder, best, names))
         return {
@@ -248,7 +250,7 @@ class ClassificationRun:
     def knn(self) -> dict[str, Any]:
         """The weighted votes of the nearest training images."""
         names = class_names(self.training_images)
-        encoder = self.load(MIMAEModel, self.config(latent_pooling=self.args.feature_pooling))
+        encoder = self.load_encoder()
         label_map(self.held_out_images, names)  # raises before hours of work
         self.begin()
         train, test = self.features(encoder, self.training_images), self.features(encoder, self.held_out_images, names)
@@ -267,13 +269,13 @@ class ClassificationRun:
 
     def evaluate(self) -> dict[str, Any]:
         """Tests a classifier on the held-out images, and on the sets and corruptions that the flags name."""
-        if self.checkpoint is None or not self.checkpoint.is_classifier:
+        if self.start.checkpoint is None or not self.start.checkpoint.is_classifier:
             raise UnfitCheckpointError(
                 f"{self.model_args.model_name_or_path} has no trained classifier: fine-tune it first, --task finetune"
             )
-        config = self.config()
+        config = self.start.config()
         names = [config.id2label[i] for i in range(config.num_labels)]
-        model = self.load(MIMAEForImageClassification, config, with_head=True)
+        model = self.load(self.family.classification_class, config, with_head=True)
         trainer, further = self.tester(model), self.robustness_tests(names)
         loader = self.evaluation_loader(self.held_out_images, names)
         self.begin()
@@ -393,37 +395,29 @@ class ClassificationRun:
 
     # --- models -----------------------------------------------------------------------------------------------------
 
-    def config(self, labels: Mapping[str, Any] | None = None, **overrides: Any) -> MIMAEConfig:
-        """The checkpoint's configuration, or that of the recipe alone, with the recipe's fields and these on top."""
-        fields, labels = {**self.model_fields, **overrides}, labels or {}
-        if self.checkpoint is not None:
-            return self.checkpoint.config(fields, **labels)
-        if self.model_args.preset is not None:
-            return MIMAEConfig.preset(self.model_args.preset, **fields, **labels)
-        if not self.model_fields:
-            raise ValueError("there is no model: give --model_name_or_path, or --preset to train one from scratch")
-        return MIMAEConfig(**fields, **labels)
+    def load_encoder(self) -> PreTrainedModel:
+        """The encoder, whose `pooler_output` is pooled as the flags say."""
+        return self.load(self.family.encoder_class, self.start.config(**self.family.poolings[self.pooling]))
 
     def load(
-        self, model_class: type[MIMAEPreTrainedModel], config: MIMAEConfig, with_head: bool = False
-    ) -> MIMAEPreTrainedModel:
-        """The model with the checkpoint's weights, its head too if it must be there, or with random ones."""
-        attention = self.model_args.attn_implementation
-        if self.checkpoint is not None and not self.args.untrained:
-            model = self.checkpoint.load(model_class, config, attn_implementation=attention, with_head=with_head)
-        else:
-            logger.info("the model starts from random weights")
-            config._attn_implementation = attention
-            model = model_class(config)
+        self, model_class: type[PreTrainedModel], config: PreTrainedConfig, with_head: bool = False
+    ) -> PreTrainedModel:
+        """The model as `StartingModel.load` makes it, and as the flags ask for."""
+        model = self.start.load(
+            model_class,
+            config,
+            untrained=self.args.untrained,
+            attn_implementation=self.model_args.attn_implementation,
+            with_head=with_head,
+        )
         if self.model_args.gradient_checkpointing:
             model.gradient_checkpointing_enable()
         return model
 
-    def probing_classifier(
-        self, encoder: MIMAEPreTrainedModel, linear: nn.Linear, names: Sequence[str]
-    ) -> MIMAEForImageClassification:
-        """A frozen encoder and what a probe has learned on its class token, as one model."""
-        model = MIMAEForImageClassification(self.config(numbered(names), classifier_pooling="cls"))
+    def probing_classifier(self, encoder: PreTrainedModel, linear: nn.Linear, names: Sequence[str]) -> PreTrainedModel:
+        """A frozen encoder and what a probe has learned on its features, as one model."""
+        config = self.start.config(numbered(names), **self.family.poolings[self.pooling])
+        model = self.family.classification_class(config)
         model.base_model.load_state_dict(encoder.state_dict())
         model.classifier.load_state_dict(linear.state_dict())
         return model
@@ -484,6 +478,7 @@ class ClassificationRun:
         settings = {
             **self.model_fields,
             **{name: getattr(self.args, name) for name in SETTINGS},
+            "feature_pooling": self.pooling,
             **{name: getattr(self.data_args, name) for name in ("min_crop_scale", "horizontal_flip")},
             **{f"schedule.{name}": value for name, value in asdict(schedule).items()},
             "images": self.training_images.fingerprint,
@@ -600,7 +595,7 @@ class ClassificationRun:
 
     # --- what is kept -----------------------------------------------------------------------------------------------
 
-    def save(self, model: MIMAEForImageClassification) -> None:
+    def save(self, model: PreTrainedModel) -> None:
         """The model and its image processor, in the run's folder."""
         if PartialState().is_main_process:
             model.save_pretrained(self.output_dir)

@@ -16,11 +16,11 @@ RATES = (0.5, 2.0, 6.4)
 NUM_CLASSES = 5
 
 
-def build(rates: tuple[float, ...] = RATES, **options) -> LinearProbe:
+def build(rates: tuple[float, ...] = RATES, pooling: str = "cls") -> LinearProbe:
     """The same encoder and the same heads each time."""
     torch.manual_seed(0)
-    encoder = MIMAEModel(MIMAEConfig(**TINY))
-    return LinearProbe(encoder, feature_size=32, num_classes=NUM_CLASSES, learning_rates=rates, **options)
+    encoder = MIMAEModel(MIMAEConfig(**TINY, latent_pooling=pooling))
+    return LinearProbe(encoder, feature_size=32, num_classes=NUM_CLASSES, learning_rates=rates)
 
 
 def batches(number: int, size: int = 8) -> list[dict[str, torch.Tensor]]:

@@ -10,6 +10,8 @@ from timm.models import VisionTransformer
 from timm.optim import param_groups_layer_decay
 
 from mimae import MIMAEConfig, MIMAEForImageClassification, MIMAEForPreTraining
+from mimae.configuration_misimmim import MISimMIMConfig
+from mimae.modeling_misimmim import MISimMIMForImageClassification
 from mimae.training.optimization import (
     WarmupCosine,
     build_adamw,
@@ -167,6 +169,30 @@ def test_layer_decay_of_a_base_model_has_the_official_maes_scales():
         "classifier.weight": 1.0,
     }
     assert {name: scales[name] for name in expected} == pytest.approx(expected, rel=1e-12)
+
+
+def official_swin_layer(name: str, depths: list[int]) -> int:
+    """microsoft/SimMIM optimizer.py, `get_swin_layer`, in words: over transformers' names."""
+    if name.startswith("swin.embeddings."):
+        return 0
+    if (block := re.match(r"swin\.encoder\.layers\.(\d+)\.blocks\.(\d+)\.", name)) is not None:
+        return sum(depths[: int(block[1])]) + int(block[2]) + 1
+    if (downsampling := re.match(r"swin\.encoder\.layers\.(\d+)\.downsample\.", name)) is not None:
+        return sum(depths[: int(downsampling[1]) + 1])
+    return sum(depths) + 1
+
+
+def test_layer_decay_of_a_swin_has_the_official_simmims_layers():
+    depths = [2, 1, 3]
+    sizes = {"image_size": 16, "patch_size": 2, "embed_dim": 8, "num_heads": [1, 2, 4], "window_size": 2}
+    config = MISimMIMConfig(**sizes, depths=depths, encoder_stride=8, mask_patch_size=8)
+    groups = layer_decay_groups(MISimMIMForImageClassification(config), weight_decay=0.05, layer_decay=0.8)
+    scales, decays = by_name(groups, "lr_scale"), by_name(groups, "weight_decay")
+    assert {official_swin_layer(name, depths) for name in scales} == set(range(8))
+    for name, scale in scales.items():
+        assert scale == pytest.approx(0.8 ** (7 - official_swin_layer(name, depths)), rel=1e-12), name
+        is_exempt = name.endswith((".bias", "relative_position_bias_table")) or "norm" in name
+        assert decays[name] == (0.0 if is_exempt else 0.05), name
 
 
 def test_every_trainable_parameter_has_one_layer_and_frozen_ones_none():

@@ -2,12 +2,16 @@
 
 import logging
 
+import numpy as np
 import pytest
 import torch
 from references import TINY
+from scipy.interpolate import BSpline, make_interp_spline
 from transformers import (
     BertConfig,
     BertModel,
+    SwinConfig,
+    SwinModel,
     ViTConfig,
     ViTForImageClassification,
     ViTImageProcessor,
@@ -17,7 +21,11 @@ from transformers import (
 )
 
 from mimae import MIMAEConfig, MIMAEForImageClassification, MIMAEForPreTraining, MIMAEModel
+from mimae.configuration_misimmim import MISimMIMConfig
 from mimae.modeling_mimae import interpolate_positions
+from mimae.modeling_misimmim import MISimMIMForPreTraining, MISimMIMModel
+from mimae.training.families import FAMILIES
+from mimae.training.geometry import geometric_positions, interpolate_table, padding_remark
 from mimae.training.warm_start import Checkpoint, UnfitCheckpointError
 
 STOCK_FIELDS = ("image_size", "patch_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
@@ -150,3 +158,118 @@ def test_what_is_no_checkpoint_of_a_vit_is_refused_by_name(tmp_path):
     BertModel(BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1)).save_pretrained(tmp_path)
     with pytest.raises(UnfitCheckpointError, match="'bert' model"):
         Checkpoint(str(tmp_path))
+
+
+# --- windows of another size ----------------------------------------------------------------------------------------
+
+TINY_SWIN = {"image_size": 12, "patch_size": 2, "embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2]}
+SIX = {**TINY_SWIN, "image_size": 24, "window_size": 6, "encoder_stride": 4}
+WINDOWS = [(6, 7), (7, 12), (7, 6), (12, 7), (3, 4)]
+
+
+@pytest.mark.parametrize(("window", "new_window"), [(6, 7), (7, 8), (7, 12)])
+def test_offsets_stand_where_the_geometric_series_reaches_the_edge(window, new_window):
+    """The ratio q solves 1 + q + … + q^(n - 1) = reach, by the roots of that polynomial and not by bisection."""
+    count, reach = window - 1, new_window - 1
+    roots = np.roots([*np.ones(count - 1), 1 - reach])
+    (ratio,) = [root.real for root in roots if abs(root.imag) < 1e-9 and root.real > 0]
+    distances = [sum(ratio**k for k in range(n)) for n in range(1, count + 1)]
+    expected = [*(-distance for distance in reversed(distances)), 0.0, *distances]
+    np.testing.assert_allclose(geometric_positions(count, reach), expected, atol=1e-4)
+
+
+def test_where_windows_shrink_offsets_keep_nearly_their_places():
+    expected = [sum(1.01**k for k in range(n)) for n in range(1, 7)]
+    np.testing.assert_allclose(geometric_positions(6, reach=5)[7:], expected, atol=1e-4)
+
+
+@pytest.mark.parametrize(("window", "new_window"), WINDOWS)
+def test_cubic_polynomials_of_the_offsets_are_reproduced_by_every_head(window, new_window):
+    there = geometric_positions(window - 1, new_window - 1)
+    here = np.arange(1 - new_window, new_window).clip(there[0], there[-1])  # the bisection ends a little short
+
+    def heads(offsets: np.ndarray) -> torch.Tensor:
+        rows, columns = np.meshgrid(offsets, offsets, indexing="ij")
+        biases = [rows**3 - 2 * columns, columns**2 * rows + 1, 3 * columns**3 * rows**3, np.ones_like(rows)]
+        return torch.from_numpy(np.stack(biases, axis=-1).reshape(-1, len(biases)))
+
+    torch.testing.assert_close(interpolate_table(heads(there), new_window), heads(here), rtol=1e-9, atol=1e-6)
+
+
+def test_tables_are_those_of_one_dimensional_splines_along_rows_and_columns():
+    """An independent reference: SciPy's splines of one dimension, first along one side, then along the other."""
+    table = torch.randn(11**2, 3)
+    there, here = geometric_positions(5, reach=6), np.arange(-6, 7)
+
+    def along_rows(values: np.ndarray) -> np.ndarray:
+        spline: BSpline = make_interp_spline(there, values, k=3)
+        return spline(here.clip(there[0], there[-1]))
+
+    square = table.numpy().reshape(11, 11, 3)
+    expected = along_rows(along_rows(square).transpose(1, 0, 2)).transpose(1, 0, 2)
+    found = interpolate_table(table, 7)
+    assert found.dtype == torch.float32
+    np.testing.assert_allclose(found.reshape(13, 13, 3).numpy(), expected, atol=1e-5)
+
+
+def test_a_table_of_the_same_window_is_untouched():
+    table = torch.randn(13**2, 4)
+    assert interpolate_table(table, 7) is table
+
+
+def test_windows_too_small_to_be_interpolated_are_refused():
+    with pytest.raises(ValueError, match=r"windows of 2 tokens per side .* window_size=4: keep the window_size"):
+        interpolate_table(torch.randn(9, 1), 4)
+
+
+@pytest.mark.parametrize(
+    ("image_size", "window_size", "words"),
+    [
+        (192, 6, None),
+        (224, 7, None),
+        (224, 6, "window_size=7 would not pad"),
+        (256, 7, "window_size=8 would not pad"),
+        ((192, 288), 5, "192 x 288 pixels, and these are padded: window_size=3 would not pad"),
+    ],
+)
+def test_windows_that_do_not_divide_a_map_are_told_with_those_that_do(image_size, window_size, words):
+    remark = padding_remark(MISimMIMConfig(image_size=image_size, window_size=window_size))
+    assert remark is None if words is None else words in remark
+
+
+def test_a_swin_gets_the_recipes_windows_and_image_size(tmp_path, caplog):
+    torch.manual_seed(1)
+    model = MISimMIMForPreTraining(MISimMIMConfig(**SIX, mask_patch_size=4))
+    model.save_pretrained(tmp_path)
+    checkpoint = Checkpoint(str(tmp_path))
+    assert checkpoint.family is FAMILIES["misimmim"]
+    with caplog.at_level(logging.INFO):
+        encoder = checkpoint.load(MISimMIMModel, checkpoint.config({"image_size": 28, "window_size": 7}))
+    assert "windows of 6 x 6 tokens are interpolated to 7 x 7" in caplog.text
+    there, state = model.swin.state_dict(), encoder.state_dict()
+    tables = [name for name in state if name.endswith("relative_position_bias_table")]
+    assert [state[name].shape for name in tables] == [(169, 1), (169, 2)]
+    for name, weight in state.items():
+        expected = interpolate_table(there[name], 7) if name in tables else there[name]
+        assert torch.equal(weight, expected), name
+    assert encoder.encode(torch.randn(1, 3, 28, 28)).pooler_output.shape == (1, 16)
+
+
+def test_a_stock_swin_arrives_whole_whatever_its_config_says_of_masks(tmp_path):
+    torch.manual_seed(1)
+    # other pixels per token than its encoder_stride of 32 says, which no stock encoder looks at
+    stock = SwinModel(SwinConfig(**{**SIX, "encoder_stride": 32}))
+    stock.save_pretrained(tmp_path)
+    checkpoint = Checkpoint(str(tmp_path))
+    encoder = checkpoint.load(MISimMIMModel, checkpoint.config({})).eval()
+    pixel_values = torch.randn(2, 3, 24, 24)
+    expected = stock.eval()(pixel_values).pooler_output
+    torch.testing.assert_close(encoder.encode(pixel_values).pooler_output, expected)
+
+
+def test_lists_and_tuples_of_depths_are_the_same(tmp_path):
+    MISimMIMModel(MISimMIMConfig(**SIX, mask_patch_size=4)).save_pretrained(tmp_path)
+    checkpoint = Checkpoint(str(tmp_path))
+    assert checkpoint.config({"depths": (1, 1), "mlp_ratio": 4}).hidden_size == 16
+    with pytest.raises(UnfitCheckpointError, match=r"depths: \[1, 1\] there, \[1, 2\] in the recipe"):
+        checkpoint.config({"depths": [1, 2]})

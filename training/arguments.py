@@ -29,7 +29,9 @@ def option(default: Any, text: str) -> Any:
 class ModelArguments:
     """Which model is trained. Every field of the models' configurations is a flag and a recipe key, too."""
 
-    model_type: str = option("mimae", "The model: mimae (on a ViT), or misimmim (on a Swin).")
+    model_type: str | None = option(
+        None, "mimae (on a ViT), or misimmim (on a Swin); default: in downstream tasks the checkpoint's, else mimae."
+    )
     preset: str | None = option(
         None,
         "Size: vit-tiny, -small, -base, -large or -huge; swin-tiny, -small, -base or -large. Fields win over it.",

@@ -72,7 +72,9 @@ class ClassificationArguments(RunArguments):
     probe_learning_rates: list[float] = option(
         [0.01, 0.03, 0.1, 0.3, 1.0], "Linear probe: base learning rates, one head each, trained at once by LARS."
     )
-    feature_pooling: Literal["cls", "mean"] = option("cls", "Linear probe and k-NN: class token, or mean of patches.")
+    feature_pooling: Literal["cls", "mean"] | None = option(
+        None, "Linear probe and k-NN: class token, or mean of patches; default: class token where there is one."
+    )
     knn_k: list[int] = option([10, 20, 100, 200], "k-NN: neighbours that vote.")
     knn_temperature: float = option(0.07, "k-NN: a neighbour votes with exp(similarity / temperature).")
 
@@ -88,8 +90,3 @@ class ClassificationArguments(RunArguments):
         if self.task == "linear_probe" and self.max_grad_norm is not None:
             raise RecipeError("max_grad_norm would let one head of the probe slow down the others: leave it out")
         self._check("positive numbers", lambda values: values and min(values) > 0, "probe_learning_rates", "knn_k")
-
-    @property
-    def leaves_model(self) -> bool:
-        """Whether the task ends with a classifier: of a probe only one on the class token is a model that there is."""
-        return self.task == "finetune" or (self.task == "linear_probe" and self.feature_pooling == "cls")

@@ -1,9 +1,10 @@
 """The kinds of models that the scripts train, and whose checkpoints each can start from."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from transformers import PreTrainedConfig, PreTrainedModel, SwinConfig, ViTMAEConfig
 
 from ..configuration_mimae import MIMAEConfig
@@ -11,6 +12,7 @@ from ..configuration_misimmim import MISimMIMConfig
 from ..modeling_mimae import MIMAEForImageClassification, MIMAEForPreTraining, MIMAEModel
 from ..modeling_misimmim import MISimMIMForImageClassification, MISimMIMForPreTraining, MISimMIMModel
 from .arguments import RecipeError, config_fields
+from .geometry import fit_swin_tables, fit_vit_positions, padding_remark
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,12 @@ class Family:
     downstream_types: of those that have an encoder for it.
     size_fields: where these differ, a checkpoint's weights do not fit in pre-training.
     free_fields: what a downstream recipe may set although the checkpoint says otherwise.
+    geometry_fields: those of them for which a checkpoint's weights are made to fit, by
+    fit_weights: of a state dict, the configuration that it is of, and the one that it is to fit.
+    stock_fields: what follows from a stock checkpoint's fields, and from whether it is a classifier.
+    poolings: how a frozen encoder's features may be pooled, the usual way first, each with the fields under which
+        they are the encoder's `pooler_output`; under those of the first a classifier sees the same.
+    remark: what is worth a line of the log about a configuration, or None.
     """
 
     config_class: type[PreTrainedConfig]
@@ -34,6 +42,36 @@ class Family:
     downstream_types: tuple[str, ...]
     size_fields: tuple[str, ...]
     free_fields: tuple[str, ...]
+    geometry_fields: tuple[str, ...]
+    fit_weights: Callable[[Mapping[str, torch.Tensor], PreTrainedConfig, PreTrainedConfig], Mapping[str, torch.Tensor]]
+    stock_fields: Callable[[Mapping[str, Any], bool], dict[str, Any]]
+    poolings: Mapping[str, Mapping[str, Any]]
+    remark: Callable[[PreTrainedConfig], str | None]
+
+    @property
+    def name(self) -> str:
+        """The `model_type` of its configuration."""
+        return self.config_class.model_type
+
+    @property
+    def usual_pooling(self) -> str:
+        """The first of `poolings`."""
+        return next(iter(self.poolings))
+
+    def pooling(self, name: str | None) -> str:
+        """The pooling that a recipe names, or the usual one where it names none.
+
+        Raises:
+            RecipeError: models of this kind have no such pooling.
+        """
+        if name is not None and name not in self.poolings:
+            raise RecipeError(f"feature_pooling={name!r}: {self.name} has {', '.join(self.poolings)} alone")
+        return name or self.usual_pooling
+
+    def check_fields(self, fields: Iterable[str]) -> None:
+        """Raises a RecipeError that names the fields which models of this kind do not have."""
+        if foreign := sorted(set(fields) - set(config_fields(self.config_class))):
+            raise RecipeError(f"{', '.join(foreign)}: no field of model_type {self.name!r}")
 
     def build_config(self, preset: str | None, fields: Mapping[str, Any], **labels: Any) -> PreTrainedConfig:
         """The configuration of a preset's sizes, or of the class's defaults, with these fields on top.
@@ -42,10 +80,20 @@ class Family:
             RecipeError: a field that models of this kind do not have.
             ValueError: an unknown preset, or fields that the configuration refuses.
         """
-        if foreign := sorted(set(fields) - set(config_fields(self.config_class))):
-            raise RecipeError(f"{', '.join(foreign)}: no field of model_type {self.config_class.model_type!r}")
+        self.check_fields(fields)
         make = self.config_class if preset is None else lambda **rest: self.config_class.preset(preset, **rest)
         return make(**fields, **labels)
+
+
+def _stock_vit_fields(fields: Mapping[str, Any], is_classifier: bool) -> dict[str, Any]:
+    """The stock classifier knows the class token alone."""
+    return {"classifier_pooling": "cls"} if is_classifier else {}
+
+
+def _stock_swin_fields(fields: Mapping[str, Any], is_classifier: bool) -> dict[str, Any]:
+    """Nothing is masked downstream: units are as small as they may be, and divide every image that the model takes."""
+    stride = fields["patch_size"] * 2 ** (len(fields["depths"]) - 1)
+    return {"encoder_stride": stride, "mask_patch_size": stride}
 
 
 MIMAE = Family(
@@ -79,6 +127,14 @@ MIMAE = Family(
         "attention_probs_dropout_prob",
         "layer_norm_eps",
     ),
+    geometry_fields=("image_size",),
+    fit_weights=fit_vit_positions,
+    stock_fields=_stock_vit_fields,
+    poolings={
+        "cls": {"latent_pooling": "cls", "classifier_pooling": "cls"},
+        "mean": {"latent_pooling": "mean"},
+    },
+    remark=lambda config: None,
 )
 MISIMMIM = Family(
     config_class=MISimMIMConfig,
@@ -108,17 +164,24 @@ MISIMMIM = Family(
         "attention_probs_dropout_prob",
         "layer_norm_eps",
     ),
+    geometry_fields=("image_size", "window_size", "mask_patch_size"),
+    fit_weights=fit_swin_tables,
+    stock_fields=_stock_swin_fields,
+    poolings={"mean": {}},
+    remark=padding_remark,
 )
-FAMILIES = {family.config_class.model_type: family for family in (MIMAE, MISIMMIM)}
+FAMILIES = {family.name: family for family in (MIMAE, MISIMMIM)}
 CONFIG_CLASSES = tuple(family.config_class for family in FAMILIES.values())
 
 
-def family_named(model_type: str) -> Family:
-    """The family that a recipe names.
+def family_named(model_type: str | None) -> Family:
+    """The family that a recipe names; MI-MAE's where it names none.
 
     Raises:
         RecipeError: there is none of that name.
     """
+    if model_type is None:
+        return MIMAE
     if model_type not in FAMILIES:
         raise RecipeError(f"model_type={model_type!r} is not known; there are {', '.join(FAMILIES)}")
     return FAMILIES[model_type]

@@ -6,7 +6,7 @@ Shapes: B images, C channels, H × W pixels, D features, K heads, M classes.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from timm.optim import Lars
@@ -28,11 +28,11 @@ class LinearProbe(nn.Module):
     The state dict holds the heads and the running statistics; the encoder does not change and stays out of it.
 
     Args:
-        encoder: anything with `encode(pixel_values)`; it is frozen here and stays in evaluation mode.
+        encoder: anything whose `encode(pixel_values)` has a `pooler_output` (B, D), which is what is classified; it
+            is frozen here and stays in evaluation mode.
         feature_size: D.
         num_classes: M.
         learning_rates: the peak of each head's.
-        pooling: features are the "cls" token, or the "mean" of the feature map.
 
     Raises:
         ValueError: no learning rate, two equal ones, or one that is not positive.
@@ -45,12 +45,11 @@ class LinearProbe(nn.Module):
         feature_size: int,
         num_classes: int,
         learning_rates: Sequence[float],
-        pooling: Literal["cls", "mean"] = "cls",
     ):
         super().__init__()
         if not learning_rates or min(learning_rates) <= 0 or len(set(learning_rates)) < len(learning_rates):
             raise ValueError(f"learning_rates={list(learning_rates)} must be one or more different positive numbers")
-        self.learning_rates, self.pooling = tuple(learning_rates), pooling
+        self.learning_rates = tuple(learning_rates)
         self.encoder = encoder.requires_grad_(False).eval()
         self.norm = nn.BatchNorm1d(feature_size, affine=False, eps=1e-6)
         weight = torch.randn(num_classes, feature_size) * 0.01
@@ -87,10 +86,7 @@ class LinearProbe(nn.Module):
     @torch.no_grad()
     def features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) → (B, D), float32, before the normalisation."""
-        output = self.encoder.encode(pixel_values)
-        if self.pooling == "cls":
-            return output.last_hidden_state[:, 0].float()
-        return output.feature_map.mean(dim=(2, 3)).float()
+        return self.encoder.encode(pixel_values).pooler_output.float()
 
     def as_linear(self, index: int) -> nn.Linear:
         """One head and the running statistics as a single linear layer on features that are not normalised."""

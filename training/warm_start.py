@@ -1,38 +1,27 @@
-"""Models for downstream tasks, started from whatever checkpoint there is: this project's, ViTMAE's, the stock ViT's.
+"""Models for downstream tasks, from whatever checkpoint there is: this project's, ViTMAE's, stock ViT's or Swin's.
 
-The checkpoint says how the encoder is built. A recipe may change what touches none of its weights, and the image size:
-positions are interpolated then.
+The checkpoint says of which family the model is, and how the encoder is built. A recipe may change what touches none
+of its weights, and the sizes of images and windows, for which they are made to fit.
 """
 
+import json
 import logging
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoImageProcessor, PreTrainedConfig
+from transformers import AutoImageProcessor, PreTrainedConfig, PreTrainedModel
 
-from ..configuration_mimae import MIMAEConfig
 from ..data.words import some
-from ..modeling_mimae import MIMAEPreTrainedModel, interpolate_positions
+from .families import FAMILIES
 
 logger = logging.getLogger(__name__)
 
-MODEL_TYPES = ("mimae", "vit_mae", "vit")
-# what a recipe may set although the checkpoint says otherwise: it changes the shape of no weight but the positions'
-FREE_FIELDS = (
-    "image_size",
-    "drop_path_rate",
-    "classifier_pooling",
-    "latent_pooling",
-    "hidden_dropout_prob",
-    "attention_probs_dropout_prob",
-    "layer_norm_eps",
-)
+MODEL_TYPES = tuple(name for family in FAMILIES.values() for name in family.downstream_types)
 # fields of a config.json that describe the file, not the model
 FILE_FIELDS = ("architectures", "auto_map", "model_type", "transformers_version", "dtype")
 HEAD_KEYS = ("classifier.", "fc_norm.")
-POSITIONS = "embeddings.position_embeddings"
 
 
 class UnfitCheckpointError(ValueError):
@@ -57,67 +46,78 @@ class Checkpoint:
                 f"{path} is neither a folder with a config.json nor a model that the Hub gives: "
                 f"{str(error).splitlines()[0]}"
             ) from error
-        self.path = path
-        if self.saved.get("model_type") not in MODEL_TYPES:
+        self.path, self.model_type = path, self.saved.get("model_type")
+        if self.model_type not in MODEL_TYPES:
             raise UnfitCheckpointError(
-                f"{path} is a {self.saved.get('model_type')!r} model; --model_name_or_path takes one of {MODEL_TYPES}"
+                f"{path} is a {self.model_type!r} model; --model_name_or_path takes one of {MODEL_TYPES}"
             )
-        known = MIMAEConfig.__dataclass_fields__.keys() - set(FILE_FIELDS)
-        self._fields = {name: value for name, value in self.saved.items() if name in known}
-        if self.saved["model_type"] != "mimae" and self.is_classifier:
-            self._fields["classifier_pooling"] = "cls"  # the only one that the stock classifier knows
+        self.family = next(family for family in FAMILIES.values() if self.model_type in family.downstream_types)
+        known = self.family.config_class.__dataclass_fields__.keys() - set(FILE_FIELDS)
+        self._fields = {name: value for name, value in self._all_fields().items() if name in known}
+
+    def _all_fields(self) -> dict[str, Any]:
+        """What `config.json` says, and of a stock model what it leaves to that model's class."""
+        if self.model_type == self.family.name:
+            return self.saved
+        fields = {**self.family.stock_config_class().to_dict(), **self.saved}
+        return {**fields, **self.family.stock_fields(fields, self.is_classifier)}
 
     @property
     def is_classifier(self) -> bool:
         """Whether it has a trained classification head."""
         return any("ForImageClassification" in name for name in self.saved.get("architectures") or ())
 
-    def config(self, overrides: Mapping[str, Any], **labels: Any) -> MIMAEConfig:
+    def config(self, overrides: Mapping[str, Any], **labels: Any) -> PreTrainedConfig:
         """The configuration of a model that starts here.
 
         Args:
-            overrides: a recipe's fields of `MIMAEConfig`.
+            overrides: a recipe's fields of the family's configuration.
             labels: `id2label` and `label2id`, where they are not the checkpoint's.
 
         Raises:
+            RecipeError: a field that models of this family do not have.
             UnfitCheckpointError: the recipe asks for other weights than there are; names the fields.
         """
-        there = MIMAEConfig(**self._fields)
+        self.family.check_fields(overrides)
+        there = self._config_there()
         clashes = [
             f"{name}: {getattr(there, name)} there, {value} in the recipe"
             for name, value in overrides.items()
-            if name not in FREE_FIELDS and getattr(there, name) != value
+            if name not in self.family.free_fields and _as_json(getattr(there, name)) != _as_json(value)
         ]
         if clashes:
             raise UnfitCheckpointError(
                 f"{self.path} is another model than the recipe's ({'; '.join(clashes)}); leave these fields out, or "
                 "take another checkpoint"
             )
-        return MIMAEConfig(**{**self._fields, **overrides, **labels})
+        return self.family.config_class(**{**self._fields, **overrides, **labels})
 
     def load(
         self,
-        model_class: type[MIMAEPreTrainedModel],
-        config: MIMAEConfig,
+        model_class: type[PreTrainedModel],
+        config: PreTrainedConfig,
         *,
         attn_implementation: str | None = None,
         with_head: bool = False,
-    ) -> MIMAEPreTrainedModel:
+    ) -> PreTrainedModel:
         """The model in float32, with this checkpoint's weights and a new head where it has none that fits.
 
         Args:
-            config: from `config`; of another image size the positions are interpolated, and the log says so.
+            config: from `config`; where its images or windows are of another size, weights are made to fit, and the
+                log says so.
             with_head: the head must be the checkpoint's.
 
         Raises:
             UnfitCheckpointError: a part of the encoder is missing, or of the head where it must be there; a file that
                 cannot be read.
+            ValueError: weights that cannot be made to fit; see `geometry`.
         """
-        there = MIMAEConfig(**self._fields)
+        there = self._config_there()
+        geometry = {name: getattr(there, name) for name in self.family.geometry_fields}
         try:
             model, info = model_class.from_pretrained(
                 self.path,
-                config=MIMAEConfig.from_dict({**config.to_dict(), "image_size": there.image_size}),
+                config=self.family.config_class.from_dict({**config.to_dict(), **geometry}),
                 attn_implementation=attn_implementation,
                 dtype=torch.float32,
                 ignore_mismatched_sizes=True,  # a classifier of other classes
@@ -133,13 +133,16 @@ class Checkpoint:
             )
         if unfit:
             logger.info("%s has no head that fits: a new one starts from random weights", self.path)
-        if there.image_size_2d != config.image_size_2d:
-            logger.info(
-                "%s was made for images of %d x %d pixels: its positions are interpolated to %d x %d",
-                *(self.path, *there.image_size_2d, *config.image_size_2d),
-            )
-            model = _at_image_size(model, config)
+        if any(_as_json(getattr(config, name)) != _as_json(value) for name, value in geometry.items()):
+            config._attn_implementation = model.config._attn_implementation
+            state = self.family.fit_weights(model.state_dict(), there, config)
+            model = model_class(config)
+            model.load_state_dict(state)
         return model
+
+    def _config_there(self) -> PreTrainedConfig:
+        """The checkpoint's own."""
+        return self.family.config_class(**self._fields)
 
     def channel_statistics(self) -> tuple[list[float] | None, list[float] | None]:
         """Mean and standard deviation that it was trained with, from its image processor; None where it has none."""
@@ -151,12 +154,6 @@ class Checkpoint:
         return list(processor.image_mean), list(processor.image_std)
 
 
-def _at_image_size(model: MIMAEPreTrainedModel, config: MIMAEConfig) -> MIMAEPreTrainedModel:
-    """The same weights in a model for images of another size."""
-    state = model.state_dict()
-    key = next(name for name in state if name.endswith(POSITIONS))
-    state[key] = interpolate_positions(state[key], model.config.grid_size, config.grid_size)
-    config._attn_implementation = model.config._attn_implementation
-    resized = type(model)(config)
-    resized.load_state_dict(state)
-    return resized
+def _as_json(value: Any) -> Any:
+    """As a file would hold it: lists and tuples are the same, and so are 4 and 4.0."""
+    return json.loads(json.dumps(value))
