@@ -448,6 +448,7 @@ class ClassificationRun:
         steps_per_epoch = math.ceil(len(loader) / args.gradient_accumulation_steps)
         schedule = WarmupCosine(
             peak=learning_rate,
+            start=min(args.warmup_learning_rate, learning_rate),
             final=min(args.min_learning_rate, learning_rate),
             warmup_steps=round(args.warmup_epochs * steps_per_epoch),
             total_steps=args.max_train_steps or max(1, round(args.num_train_epochs * steps_per_epoch)),

@@ -76,6 +76,7 @@ class RunArguments:
     per_device_train_batch_size: int = option(64, "Images per process and forward pass.")
     gradient_accumulation_steps: int = option(1, "Forward passes per optimiser step.")
     max_train_steps: int | None = option(None, "Optimiser steps; wins over num_train_epochs.")
+    warmup_learning_rate: float = option(0.0, "Where the warm-up starts.")
     weight_decay: float = option(0.05, "On parameters with more than one dimension that are not biases.")
     max_grad_norm: float | None = option(None, "Clip gradients at this norm; pre-training, the approximator's apart.")
 
@@ -127,7 +128,7 @@ class RunArguments:
         "cpu_threads",
     )
     POSITIVE: ClassVar = ("checkpointing_epochs", "evaluation_epochs", "max_grad_norm")
-    NOT_NEGATIVE: ClassVar = ("weight_decay",)
+    NOT_NEGATIVE: ClassVar = ("weight_decay", "warmup_learning_rate")
 
 
 @dataclass
@@ -145,7 +146,6 @@ class PretrainingArguments(RunArguments):
     lr_milestone_epochs: list[float] | None = option(None, "multistep: the learning rate is multiplied by lr_gamma.")
     lr_gamma: float = option(0.1, "multistep: the factor.")
     warmup_epochs: float = option(10.0, "Linear from warmup_learning_rate.")
-    warmup_learning_rate: float = option(0.0, "Where the warm-up starts.")
     adam_beta1: float = option(0.9, "AdamW.")
     adam_beta2: float = option(0.95, "AdamW.")
     max_nonfinite_steps: int = option(10, "Stop after so many steps in a row without a finite gradient.")
@@ -157,7 +157,6 @@ class PretrainingArguments(RunArguments):
     NOT_NEGATIVE: ClassVar = (
         *RunArguments.NOT_NEGATIVE,
         "warmup_epochs",
-        "warmup_learning_rate",
         "probe_samples",
         "min_learning_rate",
     )

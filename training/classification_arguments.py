@@ -54,7 +54,7 @@ class ClassificationArguments(RunArguments):
     )
     per_device_eval_batch_size: int | None = option(None, "Default: that of training.")
     num_train_epochs: float = option(100.0, "Passes over the training images.")
-    warmup_epochs: float = option(5.0, "Linear from 0.")
+    warmup_epochs: float = option(5.0, "Linear from warmup_learning_rate.")
     min_learning_rate: float = option(1e-6, "Where the half-cosine ends.")
     evaluation_epochs: float = option(1.0, "Evaluate every so many epochs.")
 
