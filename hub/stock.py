@@ -1,8 +1,8 @@
 """transformers' own models, which the encoder and the classifier of this project are, without any code of it.
 
-A stock Swin drops paths in the attention branch alone, and ours, as the official one, in the MLP branch, too: trained
-further, the two differ. They also do on images of another size than the configuration's, for a stock Swin shifts the
-windows of a stage that had a single one.
+A stock Swin differs from ours, which is as the official one, in two things. It drops paths in the attention branch
+alone, which matters where it is trained further. And it shifts the windows of a stage that has a single one at the
+configuration's image size, until it has seen an image of that size: only then do features of larger images agree.
 """
 
 from collections.abc import Mapping
