@@ -1,13 +1,14 @@
 """Checkpoints in the formats of others, and theirs in ours: `python -m mimae.hub.export CHECKPOINT OUT --to FORMAT`.
 
     vit     a folder with a stock ViTModel, or ViTForImageClassification, that transformers loads without our code
+    swin    of a Swin, the same: a stock SwinModel, or SwinForImageClassification
     timm    OUT.safetensors or OUT.pth for `timm.create_model(…, checkpoint_path=OUT)`, or a folder as timm's Hub has
     mae     OUT.pth with the names of the official MAE, which ViTDet and mmsegmentation read
     mimae   a folder of this project, from whatever CHECKPOINT is
 
-CHECKPOINT is a folder or a Hub name of this project or of a ViTMAE, or a file with the names of the official MAE or of
-timm. What is written is read back as its users will, and compared with the checkpoint on random images, before it gets
-its name.
+CHECKPOINT is a folder or a Hub name of this project, of a ViTMAE or of a stock Swin, or a file with the names of the
+official MAE or of timm. What is written is read back as its users will, and compared with the checkpoint on random
+images, before it gets its name.
 """
 
 import argparse
@@ -22,10 +23,11 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils import cached_file
 
 from ..modeling_mimae import MIMAEForImageClassification, MIMAEForPreTraining, MIMAEModel
+from ..modeling_misimmim import MISimMIMForImageClassification, MISimMIMForPreTraining, MISimMIMModel
 from .formats import (
     FORMATS,
     PROCESSOR_NAME,
@@ -40,13 +42,22 @@ from .official_mae import PLAIN_MAE, model_from_official, read_official_file
 
 TOLERANCE = 1e-5
 
-_CLASSES = {
-    "MIMAEModel": MIMAEModel,
-    "MIMAEForPreTraining": MIMAEForPreTraining,
-    "MIMAEForImageClassification": MIMAEForImageClassification,
+_OUR_CLASSES = {
+    each.__name__: each
+    for each in (
+        *(MIMAEModel, MIMAEForPreTraining, MIMAEForImageClassification),
+        *(MISimMIMModel, MISimMIMForPreTraining, MISimMIMForImageClassification),
+    )
+}
+# transformers' class → ours
+_STOCK_CLASSES = {
     "ViTMAEModel": MIMAEModel,
     "ViTMAEForPreTraining": MIMAEForPreTraining,
+    "SwinModel": MISimMIMModel,
+    "SwinForMaskedImageModeling": MISimMIMForPreTraining,
+    "SwinForImageClassification": MISimMIMForImageClassification,
 }
+_CLASSES = {**_OUR_CLASSES, **_STOCK_CLASSES}
 
 
 @dataclass(frozen=True)
@@ -66,7 +77,7 @@ def export_checkpoint(
     Args:
         checkpoint: folder, Hub name or file; see `load_source`.
         out: folder or file; see `export`.
-        to: "vit", "timm", "mae" or "mimae".
+        to: "vit", "swin", "timm", "mae" or "mimae".
         overwrite: replace an earlier export.
         known: of a file, what its shapes do not tell; see `load_source`.
 
@@ -81,10 +92,10 @@ def export_checkpoint(
 
 
 def load_source(checkpoint: str | os.PathLike, **known: Any) -> Source:
-    """A checkpoint of this project, of a ViTMAE in any of its layouts, or a file of an official MAE or of timm's ViT.
+    """A checkpoint of this project, of a ViTMAE or Swin in any layout, or a file of an official MAE or of timm's ViT.
 
-    Parameters in half precision become float32. The MAE of others is read as what it is, with one mask and no
-    information terms.
+    Parameters in half precision become float32. The MAE and the SimMIM of others are read as what they are, with one
+    mask and no information terms.
 
     Args:
         checkpoint: folder or Hub name, or the `.pth` or `.safetensors` file.
@@ -114,7 +125,7 @@ def export(source: Source, out: str | os.PathLike, to: str, *, overwrite: bool =
 
     Args:
         out: a folder; a `.pth` file for "mae"; either, or a `.safetensors` file, for "timm".
-        to: "vit", "timm", "mae" or "mimae".
+        to: "vit", "swin", "timm", "mae" or "mimae".
         overwrite: replace an earlier export, but no folder that holds anything else.
 
     Raises:
@@ -122,6 +133,7 @@ def export(source: Source, out: str | os.PathLike, to: str, *, overwrite: bool =
         OSError: `out` cannot be written.
     """
     out = Path(out)
+    _check_format(source, to)
     _check_out(out, to, source.origin, overwrite)
     target = FORMATS[to]
     images = example_images(source.model)
@@ -184,13 +196,21 @@ def _load_pretrained(checkpoint: str | os.PathLike) -> Source:
             checkpoint,
             dtype=torch.float32,
             output_loading_info=True,
-            **(PLAIN_MAE if architecture.startswith("ViTMAE") else {}),
+            **({"config": _plain_config(checkpoint, architecture)} if architecture in _STOCK_CLASSES else {}),
         )
     except (RuntimeError, StrictDataclassError, SafetensorError) as error:
         raise ValueError(f"{checkpoint}: a config.json or parameters that cannot be used ({error})") from error
     if missing := sorted(name for name in info["missing_keys"] if not name.startswith("mi_gate.")):
         raise ValueError(f"{checkpoint} lacks {len(missing)} parameters of a {architecture}, {missing[0]} among them")
     return Source(Path(checkpoint), model.eval(), _processor_file(checkpoint))
+
+
+def _plain_config(checkpoint: str | os.PathLike, architecture: str) -> PreTrainedConfig:
+    """Of a stock model as one of ours without information terms; what its config.json leaves out is stock, too."""
+    fields = AutoConfig.from_pretrained(checkpoint).to_dict()
+    if "encoder_stride" in fields:  # a Swin, which names no unit of a mask: the smallest that there is
+        fields["mask_patch_size"] = fields["encoder_stride"]
+    return _STOCK_CLASSES[architecture].config_class.from_dict({**fields, **PLAIN_MAE})
 
 
 def _processor_file(checkpoint: str | os.PathLike) -> Path | None:
@@ -200,9 +220,18 @@ def _processor_file(checkpoint: str | os.PathLike) -> Path | None:
         return None
 
 
-def _check_out(out: Path, to: str, origin: Path, overwrite: bool) -> None:
+def _check_format(source: Source, to: str) -> None:
     if to not in FORMATS:
         raise ExportError(f"no format {to!r}; there are {', '.join(FORMATS)}")
+    model_type = source.model.config.model_type
+    if model_type not in FORMATS[to].model_types:
+        suitable = [name for name, each in FORMATS.items() if model_type in each.model_types]
+        raise ExportError(
+            f"--to {to} has no place for a {type(source.model).__name__}: export it with --to {' or '.join(suitable)}"
+        )
+
+
+def _check_out(out: Path, to: str, origin: Path, overwrite: bool) -> None:
     kind = out.suffix if out.suffix in (".pth", ".safetensors") else ""
     kinds = FORMATS[to].kinds
     if kind not in kinds:

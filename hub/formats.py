@@ -1,6 +1,6 @@
 """The formats that a checkpoint can be exported to: how each is written, and read back by its users' means.
 
-B images, L patches, D width, P values of a patch, K classes.
+B images, N masks, L units of a mask, T tokens, D width, P values of a unit, K classes.
 """
 
 import json
@@ -16,33 +16,18 @@ import torch
 from safetensors.torch import save_file
 from timm.models import save_for_hf
 from torch import nn
-from transformers import ViTConfig, ViTForImageClassification, ViTModel
+from transformers import PreTrainedModel
 
-from ..modeling_mimae import MIMAEForImageClassification, MIMAEForPreTraining, MIMAEPreTrainedModel
+from ..modeling_mim import MIMForImageClassificationMixin, MIMForPreTrainingMixin
 from .official_mae import model_from_official, official_state, read_official_file
+from .stock import STOCK_MODELS
 from .timm_vit import TimmArchitecture, timm_architecture, timm_state
 
 logger = logging.getLogger(__name__)
 
 PROCESSOR_NAME = "preprocessor_config.json"
 
-_VIT_FIELDS = (
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "intermediate_size",
-    "hidden_act",
-    "hidden_dropout_prob",
-    "attention_probs_dropout_prob",
-    "initializer_range",
-    "layer_norm_eps",
-    "image_size",
-    "patch_size",
-    "num_channels",
-    "qkv_bias",
-)
-
-# "tokens" (B, 1+L, D) after the encoder's last norm; "logits" (B, K) of a classifier; "pixels" (B, L, P) of a decoder
+# "tokens" (B, T, D) after the encoder's last norm; "logits" (B, K) of a classifier; "pixels" (B, N, L, P) of a decoder
 Outputs = dict[str, torch.Tensor]
 
 
@@ -61,13 +46,13 @@ class Source:
     """
 
     origin: Path
-    model: MIMAEPreTrainedModel
+    model: PreTrainedModel
     processor: Path | None = None
     difference: float = 0.0
 
     @property
     def is_classifier(self) -> bool:
-        return isinstance(self.model, MIMAEForImageClassification)
+        return isinstance(self.model, MIMForImageClassificationMixin)
 
     @property
     def architecture(self) -> TimmArchitecture:
@@ -75,7 +60,7 @@ class Source:
         return timm_architecture(self.model.config, has_classifier=self.is_classifier)
 
 
-def example_images(model: MIMAEPreTrainedModel) -> torch.Tensor:
+def example_images(model: PreTrainedModel) -> torch.Tensor:
     """Two images (2, C, H, W) of noise, always the same ones."""
     size = (model.config.num_channels, *model.config.image_size_2d)
     return torch.randn(2, *size, generator=torch.Generator().manual_seed(0))
@@ -83,19 +68,15 @@ def example_images(model: MIMAEPreTrainedModel) -> torch.Tensor:
 
 @torch.no_grad()
 def outputs(model: nn.Module, images: torch.Tensor) -> Outputs:
-    """Of a transformers model, ours or a stock ViT, on images (B, C, H, W).
-
-    "pixels" are decoded from the first half of the image's tokens, so that mask tokens count, too.
-    """
-    tokens = model.base_model(images).last_hidden_state
-    found = {"tokens": tokens}
+    """Of a transformers model, ours or a stock one, on images (B, C, H, W); "pixels" are those of masked views."""
+    found = {"tokens": model.base_model(images).last_hidden_state}
     if hasattr(model, "classifier"):
         found["logits"] = model(images).logits
-    if isinstance(model, MIMAEForPreTraining):
-        num_patches, grid_size = model.config.num_patches, model.config.grid_size
-        in_order = torch.arange(num_patches).expand(len(images), 1, num_patches)
-        visible = tokens[:, : 1 + num_patches // 2]
-        found["pixels"] = model.decoder(visible, in_order, grid_size, grid_size)[:, 0]
+    if isinstance(model, MIMForPreTrainingMixin):
+        noise = torch.rand(len(images), *model.config.noise_shape, generator=torch.Generator().manual_seed(0))
+        # not by `forward`, whose loss waits for the other processes of a run
+        views = model.base_model.forward_masked(images, noise, return_dict=True)
+        found["pixels"] = model.decode(views, images.shape[-2:])
     return found
 
 
@@ -118,9 +99,11 @@ class Format(ABC):
     """A format of checkpoints.
 
     kinds: what one is on disk: the suffix of a file, or "" for a folder.
+    model_types: of the models that have a place in it.
     """
 
     kinds: tuple[str, ...]
+    model_types: tuple[str, ...]
 
     @abstractmethod
     def write(self, source: Source, path: Path) -> None:
@@ -135,43 +118,36 @@ class Format(ABC):
         """Python text that loads it."""
 
 
-class StockViT(Format):
-    """transformers' own `ViTModel`, or `ViTForImageClassification`, without any code of this project."""
+class Stock(Format):
+    """A folder of transformers' own model; see `stock`."""
 
     kinds = ("",)
 
+    def __init__(self, model_type: str):
+        self.model_types = (model_type,)
+        self.stock = STOCK_MODELS[model_type]
+
     def write(self, source: Source, path: Path) -> None:
-        config = source.model.config
-        fields = {name: getattr(config, name) for name in _VIT_FIELDS}
-        if not source.is_classifier:
-            stock = ViTModel(ViTConfig(**fields), add_pooling_layer=False)
-            stock.load_state_dict(source.model.base_model.state_dict())
-        elif config.classifier_pooling == "cls":
-            stock = ViTForImageClassification(ViTConfig(**fields, id2label=config.id2label, label2id=config.label2id))
-            stock.load_state_dict(source.model.state_dict())
-        else:
+        if isinstance(source.model.base_model.layernorm, nn.Identity):
             raise ExportError(
                 "a stock ViT normalises every token and classifies the class token, but this classifier averages the "
                 "patches first: export it with --to timm, or export the pre-trained checkpoint that it was made from"
             )
-        stock.save_pretrained(path)
+        self.stock.create(source.model, has_classifier=source.is_classifier).save_pretrained(path)
         _copy_processor(source, path)
 
     def read_back(self, source: Source, path: Path, images: torch.Tensor) -> list[Outputs]:
-        if source.is_classifier:
-            return [outputs(ViTForImageClassification.from_pretrained(path).eval(), images)]
-        return [outputs(ViTModel.from_pretrained(path, add_pooling_layer=False).eval(), images)]
+        return [outputs(self.stock.load(path, has_classifier=source.is_classifier), images)]
 
     def usage(self, source: Source, path: Path) -> str:
-        name = "ViTForImageClassification" if source.is_classifier else "ViTModel"
-        arguments = repr(str(path)) + ("" if source.is_classifier else ", add_pooling_layer=False")
-        return f"from transformers import {name}\n\nmodel = {name}.from_pretrained({arguments})"
+        return self.stock.usage(path, has_classifier=source.is_classifier)
 
 
 class Timm(Format):
     """A file for `timm.create_model(…, checkpoint_path=…)`, or a folder as timm's models on the Hub are."""
 
     kinds = ("", ".safetensors", ".pth")
+    model_types = ("mimae",)
 
     def write(self, source: Source, path: Path) -> None:
         state = timm_state(official_state(source.model))
@@ -213,6 +189,7 @@ class OfficialMAE(Format):
     """A `.pth` file with the names of the official MAE; see `official_mae`."""
 
     kinds = (".pth",)
+    model_types = ("mimae",)
 
     def write(self, source: Source, path: Path) -> None:
         if getattr(source.model, "approximator", None) is not None:
@@ -225,6 +202,8 @@ class OfficialMAE(Format):
         state, config = read_official_file(path), source.model.config
         fields = ("image_size", "num_attention_heads", "decoder_num_attention_heads", "layer_norm_eps")
         again = model_from_official(state, **{name: getattr(config, name) for name in fields})
+        # pixels are compared on the same masked views
+        again.config.update({name: getattr(config, name) for name in ("num_masks", "mask_ratio", "mask_strategy")})
         return [outputs(again, images), official_outputs(source, state, images)]
 
     def usage(self, source: Source, path: Path) -> str:
@@ -238,6 +217,7 @@ class Mimae(Format):
     """A folder of this project."""
 
     kinds = ("",)
+    model_types = ("mimae", "misimmim")
 
     def write(self, source: Source, path: Path) -> None:
         source.model.save_pretrained(path)
@@ -256,4 +236,12 @@ def _copy_processor(source: Source, folder: Path) -> None:
         shutil.copyfile(source.processor, folder / PROCESSOR_NAME)
 
 
-FORMATS: dict[str, Format] = {"vit": StockViT(), "timm": Timm(), "mae": OfficialMAE(), "mimae": Mimae()}
+FORMATS: dict[str, Format] = {
+    "vit": Stock("mimae"),
+    "swin": Stock("misimmim"),
+    "timm": Timm(),
+    "mae": OfficialMAE(),
+    "mimae": Mimae(),
+}
+# model_type → the format that is transformers' own model
+STOCK_FORMATS = {"mimae": "vit", "misimmim": "swin"}

@@ -4,6 +4,7 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -32,6 +33,24 @@ LOSS_NAMES = {
     "mi_min_loss": "L_min (Eq. 10, CLUB bound)",
     "approximation_loss": "L_approx (Eq. 9)",
 }
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What cards call a kind of model: its encoder, what it is without information terms, and L_rec."""
+
+    encoder: str
+    baseline: str
+    reconstruction: str
+
+
+# by model_type
+KINDS = {
+    "mimae": Kind("ViT", "a masked autoencoder", LOSS_NAMES["reconstruction_loss"]),
+    "misimmim": Kind("Swin", "SimMIM", "L_rec (Eq. 1, with the absolute error)"),
+}
+# by the format of an export: transformers' class of the encoder
+STOCK_NAMES = {"vit": "ViTModel", "swin": "SwinModel"}
 PROBE_NAMES = {"knn_accuracy": "k nearest neighbours", "linear_accuracy": "logistic regression"}
 FACT_NAMES = {
     "model_type": "Model",
@@ -97,6 +116,7 @@ def write_model_card(
     recipe = public(recipe)
     probe_after = summary.get("probe_after") or {}
     title = _title(recipe, summary.get("model_type"))
+    kind = KINDS[summary.get("model_type", "mimae")]
     probe_figures = [
         ("accuracy", f"{PROBE_NAMES.get(key, key)} on frozen features", value) for key, value in probe_after.items()
     ]
@@ -111,9 +131,10 @@ def write_model_card(
             eval_results=_eval_results(_own_data(summary, recipe), probe_figures),
         ),
         title=title,
+        encoder=kind.encoder,
         **_record(folder, summary, FACT_NAMES, recipe, pictures),
-        losses=_losses(summary.get("final") or {}),
-        gate=_gate(summary, recipe),
+        losses=_losses(summary.get("final") or {}, kind),
+        gate=_gate(summary, recipe, kind),
         probes=_probes(summary.get("probe_before") or {}, probe_after),
     )
 
@@ -182,14 +203,15 @@ def _crop(ratio: float | None) -> str:
 
 
 def write_backbone_card(
-    folder: str | os.PathLike, *, base_model: str, checkpoint: str, revision: str | None = None
+    folder: str | os.PathLike, *, base_model: str, checkpoint: str, revision: str | None = None, stock: str = "vit"
 ) -> Path:
-    """Write `folder/README.md` for the stock ViT that was exported from a model.
+    """Write `folder/README.md` for the stock encoder that was exported from a model.
 
     Args:
         folder: the exported model's folder.
         base_model: the repository of the model that it is the encoder of.
         checkpoint, revision: the repository that the card will lie in, and the branch of it, if not the main one.
+        stock: "vit" or "swin", the format of the export.
 
     Returns:
         The card's path.
@@ -198,10 +220,11 @@ def write_backbone_card(
     return _write(
         folder,
         "backbone.md",
-        _card_data(title, "image-feature-extraction", ["vit", "self-supervised"], base_model=base_model),
+        _card_data(title, "image-feature-extraction", [stock, "self-supervised"], base_model=base_model),
         title=title,
         checkpoint=checkpoint,
         base_model=base_model,
+        stock_name=STOCK_NAMES[stock],
         revision_argument=f', revision="{revision}"' if revision else "",
     )
 
@@ -324,13 +347,14 @@ def _figure(metric: str, value: float | None) -> str:
     return _percent(value) if metric.endswith("accuracy") else _text(value)
 
 
-def _losses(final: Mapping[str, float]) -> list[tuple[str, str]]:
-    return [(LOSS_NAMES.get(key, key), _text(final.get(key))) for key in dict.fromkeys([*LOSS_NAMES, *final])]
+def _losses(final: Mapping[str, float], kind: Kind) -> list[tuple[str, str]]:
+    names = {**LOSS_NAMES, "reconstruction_loss": kind.reconstruction}
+    return [(names.get(key, key), _text(final.get(key))) for key in dict.fromkeys([*names, *final])]
 
 
-def _gate(summary: Mapping[str, Any], recipe: Mapping[str, Any]) -> str:
+def _gate(summary: Mapping[str, Any], recipe: Mapping[str, Any], kind: Kind) -> str:
     if recipe.get("mi_max_weight") == 0 and recipe.get("mi_min_weight") == 0:
-        return "The information terms have weight 0: this is a plain masked autoencoder."
+        return f"The information terms have weight 0: this is {kind.baseline} and nothing else."
     if "gate_opened_at_step" not in summary or "gate_threshold" not in summary:
         return "Whether the information terms ever trained was not recorded."
     opened, threshold = summary["gate_opened_at_step"], summary["gate_threshold"]
@@ -339,7 +363,7 @@ def _gate(summary: Mapping[str, Any], recipe: Mapping[str, Any]) -> str:
     if opened is None:
         return (
             f"**The gate never opened:** L_rec did not fall below {threshold:g}, so the information terms never "
-            "trained, and the encoder is that of a masked autoencoder with several masks."
+            f"trained, and the encoder is that of {kind.baseline} with several masks."
         )
     return f"The gate opened at step {opened}, when L_rec fell below {threshold:g}; until then L_rec trained alone."
 

@@ -1,4 +1,4 @@
-"""Push a checkpoint to the Hub: the model with its code and its card, and its encoder as a stock ViT.
+"""Push a checkpoint to the Hub: the model with its code and its card, and its encoder as a stock ViT or Swin.
 
     python -m mimae.hub.push CHECKPOINT REPO_ID
     python -m mimae.hub.push CHECKPOINT REPO_ID --private --backbone revision
@@ -23,6 +23,7 @@ from huggingface_hub.errors import OfflineModeIsEnabled
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from .export import export, load_source
+from .formats import STOCK_FORMATS
 from .model_card import write_backbone_card
 from .privacy import holds_token, public
 from .uploads import TRANSIENT_ERRORS, Files, Uploader, explain, may_pass
@@ -104,7 +105,7 @@ def push_checkpoint(
     commit_message: str = "Upload model",
     retry_waits: Sequence[float] = RETRY_WAITS,
 ) -> PushReport:
-    """Upload a model, in one commit, and its encoder as a stock ViT. Never raises, and changes no local file.
+    """Upload a model, in one commit, and its encoder as a stock ViT or Swin. Never raises, and changes no local file.
 
     What goes along is listed in this file: weights, configuration and the code it names, the image processor, the
     card with the pictures it shows, and the metrics. Optimiser states, checkpoints, logs and all else stay.
@@ -208,14 +209,15 @@ def _push_backbone(uploader: Uploader, folder: Path, report: PushReport, branch:
         exported = Path(scratch) / "backbone"
         try:
             source = load_source(folder)
-            if source.is_classifier and source.model.config.classifier_pooling == "cls":
+            if source.is_classifier:
                 source = replace(source, model=source.model.base_model)  # the head stays with the model
-            export(source, exported, to="vit")
+            stock = STOCK_FORMATS[source.model.config.model_type]
+            export(source, exported, to=stock)
         except ValueError as error:
             report.note = f"no backbone: {error}"
             return
         url = uploader.create(report.repo_id if branch else f"{report.repo_id}-backbone")
-        write_backbone_card(exported, base_model=report.repo_id, checkpoint=url.repo_id, revision=branch)
+        write_backbone_card(exported, stock=stock, base_model=report.repo_id, checkpoint=url.repo_id, revision=branch)
         files = files_to_push(exported, url.repo_id)
         if branch:
             uploader.replace(url.repo_id, files, branch)
@@ -238,7 +240,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--backbone",
         choices=get_args(Backbone),
         default="repo",
-        help="where the encoder goes as a stock ViT: REPO_ID-backbone, a branch of REPO_ID, or nowhere",
+        help="where the encoder goes as a stock model: REPO_ID-backbone, a branch of REPO_ID, or nowhere",
     )
     parser.add_argument("--backbone_revision", default="backbone", help="that branch")
     parser.add_argument("--commit_message", default="Upload model")

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from mimae import MIMAEConfig, MIMAEForImageClassification, MIMAEForPreTraining,
 from mimae.hub import formats, official_mae
 from mimae.hub.export import TOLERANCE, ExportError, export_checkpoint, largest_difference, main
 from mimae.hub.official_mae import official_state
+from mimae.hub.stock import STOCK_MODELS
 from mimae.hub.timm_vit import timm_architecture, timm_state
 
 HEADS = {"num_attention_heads": 4, "decoder_num_attention_heads": 2}  # TINY's, of no standard width
@@ -512,7 +514,8 @@ def test_a_wrong_conversion_is_refused_and_leaves_nothing(tmp_path, monkeypatch,
 
 def test_a_wrong_vit_is_refused_and_leaves_nothing(tmp_path, monkeypatch):
     checkpoint(tmp_path / "in", "encoder", layer_norm_eps=1e-3)
-    monkeypatch.setattr(formats, "_VIT_FIELDS", [name for name in formats._VIT_FIELDS if name != "layer_norm_eps"])
+    fields = tuple(name for name in STOCK_MODELS["mimae"].fields if name != "layer_norm_eps")
+    monkeypatch.setattr(formats.FORMATS["vit"], "stock", replace(STOCK_MODELS["mimae"], fields=fields))
     with pytest.raises(ExportError, match="outputs of the export differ by"):
         export_checkpoint(tmp_path / "in", tmp_path / "out", "vit")
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
@@ -657,5 +660,5 @@ def test_flags_of_official_files_are_refused_elsewhere(tmp_path):
 
 def test_an_unknown_format_is_refused(tmp_path):
     checkpoint(tmp_path / "in", "encoder")
-    with pytest.raises(ExportError, match="no format 'onnx'; there are vit, timm, mae, mimae"):
+    with pytest.raises(ExportError, match="no format 'onnx'; there are vit, swin, timm, mae, mimae"):
         export_checkpoint(tmp_path / "in", tmp_path / "out", "onnx")

@@ -14,14 +14,23 @@ from loopback_hub import HANG_UP, Account, LoopbackHub, card_errors
 from PIL import Image
 from references import TINY
 from runs import ROOT, flags, pretrain
+from test_swin_export import TINY_SWIN
 from transformers import ViTImageProcessor
 
-from mimae import MIMAEConfig, MIMAEForImageClassification
-from mimae.hub.model_card import write_classification_card
+from mimae import (
+    MIMAEConfig,
+    MIMAEForImageClassification,
+    MISimMIMConfig,
+    MISimMIMForImageClassification,
+    MISimMIMForPreTraining,
+)
+from mimae.hub.model_card import write_classification_card, write_model_card
 
 WRITE, READ, UNKNOWN = (f"hf_{name * 6}" for name in ("Writer", "Reader", "Nobody"))
 FAST = [0.01, 0.01]  # waits: two further attempts
-CODE = {"configuration_mimae.py", "modeling_mimae.py", "masking.py", "mutual_information.py"}
+SHARED_CODE = {"configuration_mim.py", "modeling_mim.py", "masking.py", "mutual_information.py"}
+CODE = SHARED_CODE | {"configuration_mimae.py", "modeling_mimae.py"}
+SWIN_CODE = SHARED_CODE | {"configuration_misimmim.py", "modeling_misimmim.py"}
 MODEL = {"config.json", "model.safetensors", "preprocessor_config.json"}
 
 # huggingface_hub reads its environment when it is imported: a process of its own, which calls what it is asked to
@@ -138,6 +147,28 @@ def classifier(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def swin(tmp_path_factory) -> Path:
+    """A pre-trained Swin with its card, as a run leaves them."""
+    folder = tmp_path_factory.mktemp("swin")
+    MISimMIMForPreTraining(MISimMIMConfig(**TINY_SWIN, num_channels=1)).save_pretrained(folder)
+    size = {"height": 16, "width": 16}
+    ViTImageProcessor(size=size, image_mean=[0.5], image_std=[0.5]).save_pretrained(folder)
+    write_model_card(folder, summary={"model_type": "misimmim"}, recipe={"model_type": "misimmim"}, pictures=[])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def swin_classifier(tmp_path_factory) -> Path:
+    """A Swin with a classifier, likewise."""
+    folder = tmp_path_factory.mktemp("swin_classifier")
+    config = MISimMIMConfig(**TINY_SWIN, num_labels=3, id2label={0: "cat", 1: "dog", 2: "eel"})
+    MISimMIMForImageClassification(config).save_pretrained(folder)
+    ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder)
+    write_classification_card(folder, results={"task": "finetune"}, pictures=[])
+    return folder
+
+
 def digest(folder: Path) -> dict[str, str]:
     return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.rglob("*") if path.is_file()}
 
@@ -175,6 +206,11 @@ def test_the_card_names_the_repository_that_it_lies_in(client, hub, run):
     assert pushed == local.replace("REPOSITORY_OR_FOLDER_OF_THIS_CARD", "someone/named")
     assert 'checkpoint = "someone/named"' in pushed
     assert not list(card_errors(pushed))
+
+
+def test_a_swin_takes_its_own_code_along(client, hub, swin):
+    assert client.push(swin, "someone/swin-code")["error"] is None
+    assert hub.files("someone/swin-code").keys() == MODEL | SWIN_CODE | {"README.md", ".gitattributes"}
 
 
 def test_results_go_without_paths_and_tokens(client, hub, classifier):
@@ -459,7 +495,7 @@ sys.modules["mimae"] = None  # an editable install must not help
 import torch
 from huggingface_hub import hf_hub_download
 from PIL import Image
-from transformers import AutoModel, AutoModelForPreTraining, ViTModel
+from transformers import AutoModelForPreTraining
 
 torch.set_num_threads(1)
 image = Image.open("image.png")
@@ -470,16 +506,18 @@ for repo_id, revision in json.loads(sys.argv[1]):
     for snippet in snippets:
         exec(snippet, names := {"image": image})
     print(repo_id, type(names.get("model") or names["classify"].model).__name__)
+    name = repo_id.split("/")[1]
     if "output" in names:
-        torch.save(names["output"].pooler_output, "features.pt")
+        torch.save(names["output"].pooler_output, f"{name}.pt")
     if "tokens" in names:
-        assert type(names["model"]) is ViTModel
-        torch.save(names["tokens"], "tokens.pt")
+        assert type(names["model"]).__module__.startswith("transformers.models.")
+        torch.save(names["tokens"], f"{name}.pt")
     if "classify" in names:
         print(sorted(answer["label"] for answer in names["classify"](image)))
-model = AutoModelForPreTraining.from_pretrained("someone/digits", trust_remote_code=True)
-assert type(model).__module__.startswith("transformers_modules."), type(model)
-assert model(torch.zeros(1, model.config.num_channels, 16, 16)).loss.isfinite()
+for repo_id in ("someone/digits", "someone/swin"):
+    model = AutoModelForPreTraining.from_pretrained(repo_id, trust_remote_code=True)
+    assert type(model).__module__.startswith("transformers_modules."), type(model)
+    assert model(torch.zeros(1, model.config.num_channels, 16, 16)).loss.isfinite()
 """
 
 
@@ -492,7 +530,7 @@ def elsewhere(tmp_path_factory) -> Path:
 
 
 def test_what_was_pushed_works_as_its_cards_say_without_this_package(
-    client, hub, environment, run, classifier, elsewhere
+    client, hub, environment, run, classifier, swin, swin_classifier, elsewhere
 ):
     command = [sys.executable, "-m", "mimae.hub.push", str(run), "someone/digits"]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
@@ -503,8 +541,13 @@ def test_what_was_pushed_works_as_its_cards_say_without_this_package(
     ]
     assert client.push(classifier, "someone/animals")["error"] is None
     assert client.push(run, "someone/both", backbone="revision")["error"] is None
+    for folder, repo_id in ((swin, "someone/swin"), (swin_classifier, "someone/swin-animals")):
+        report = client.push(folder, repo_id, backbone="repo")
+        assert (report["error"], report["note"]) == (None, None)
+        assert not list(card_errors(hub.files(f"{repo_id}-backbone")["README.md"].decode()))
 
     repositories = ["someone/digits", "someone/digits-backbone", "someone/animals", ("someone/both", "backbone")]
+    repositories += ["someone/swin", "someone/swin-backbone", "someone/swin-animals"]
     repositories = [name if isinstance(name, tuple) else (name, None) for name in repositories]
     command = [sys.executable, "-c", WITHOUT_THE_PACKAGE, json.dumps(repositories)]
     clean = {name: value for name, value in environment.items() if name not in ("PYTHONPATH", "HF_TOKEN")}
@@ -517,9 +560,18 @@ def test_what_was_pushed_works_as_its_cards_say_without_this_package(
         "someone/animals MIMAEForImageClassification",
         "['cat', 'dog', 'eel']",
         "someone/both ViTModel",
+        "someone/swin MISimMIMModel",
+        "someone/swin-backbone SwinModel",
+        "someone/swin-animals MISimMIMForImageClassification",
+        "['cat', 'dog', 'eel']",
     ]
-    features, tokens = (torch.load(elsewhere / name, weights_only=True) for name in ("features.pt", "tokens.pt"))
-    torch.testing.assert_close(tokens[:, 1:].mean(dim=1), features, rtol=1e-5, atol=1e-5)
+    found = {path.stem: torch.load(path, weights_only=True) for path in elsewhere.glob("*.pt")}
+    for tokens, features in (
+        (found["digits-backbone"][:, 1:], found["digits"]),
+        (found["both"][:, 1:], found["digits"]),
+        (found["swin-backbone"], found["swin"]),
+    ):
+        torch.testing.assert_close(tokens.mean(dim=1), features, rtol=1e-5, atol=1e-5)
 
 
 def test_the_command_fails_where_the_push_does(client, run):
