@@ -229,7 +229,7 @@ def test_latent_and_visible_embeddings_are_those_of_the_visible_units(shape):
     stock, config = stock_twin(model).eval(), model.config
     pixel_values, noise = images(model), noise_for(model)
     views = model.swin.forward_masked(pixel_values, noise)
-    visible = masks_by_loops(noise, 2, config.num_visible)
+    visible, size = masks_by_loops(noise, 2, config.num_visible), config.mask_patch_size
     embeddings, _ = stock.swin.embeddings(pixel_values)  # (B, T, D₁), of the unmasked image
     assert embeddings.shape[-1] == config.embed_dim != config.hidden_size
     for i in range(2):
@@ -240,9 +240,7 @@ def test_latent_and_visible_embeddings_are_those_of_the_visible_units(shape):
                 last[b], visible[b][i], config.grid_size, config.mask_patch_size // config.encoder_stride
             )
             torch.testing.assert_close(views.latent_vector[b, i], tokens.mean(dim=0))
-            patches = tokens_of(
-                embeddings[b], visible[b][i], config.grid_size, config.mask_patch_size // config.patch_size
-            )
+            patches = tokens_of(embeddings[b], visible[b][i], config.grid_size, size // config.patch_size)
             torch.testing.assert_close(views.visible_embeddings[b, i], patches)
 
 
