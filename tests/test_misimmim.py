@@ -236,9 +236,7 @@ def test_latent_and_visible_embeddings_are_those_of_the_visible_units(shape):
         units = torch.stack([mask_of(visible[b][i], config.num_patches) for b in range(3)])
         last = stock.swin(pixel_values, bool_masked_pos=masked_patches(units, config)).last_hidden_state
         for b in range(3):
-            tokens = tokens_of(
-                last[b], visible[b][i], config.grid_size, config.mask_patch_size // config.encoder_stride
-            )
+            tokens = tokens_of(last[b], visible[b][i], config.grid_size, size // config.encoder_stride)
             torch.testing.assert_close(views.latent_vector[b, i], tokens.mean(dim=0))
             patches = tokens_of(embeddings[b], visible[b][i], config.grid_size, size // config.patch_size)
             torch.testing.assert_close(views.visible_embeddings[b, i], patches)

@@ -151,6 +151,8 @@ def test_the_encoder_loads_from_every_layout_without_a_warning_of_it(tmp_path, s
     assert {name.split(".")[0] for name in info["missing_keys"]} <= {"classifier"}
     assert not info["unexpected_keys"]
     assert not any(word in message for message in warnings for word in ("decoder.", "encoder.", "embeddings."))
+    if cls is MISimMIMForImageClassification:  # of its head it is told, so the warnings are heard
+        assert any("classifier.weight" in message for message in warnings)
     for name, value in stock.swin.state_dict().items():
         if name != "embeddings.mask_token":  # there is no place for it where nothing is masked
             assert torch.equal(model.base_model.state_dict()[name], value), name
