@@ -155,7 +155,8 @@ def test_two_processes_equal_one_on_the_same_global_batch(processes, model_type,
     history = torch.stack([first["history"], second["history"]])
     torch.testing.assert_close(history.mean(dim=0), alone["history"], rtol=2e-5, atol=2e-5)
     assert largest_difference(first["weights"], second["weights"]) == 0
-    assert largest_difference(first["weights"], alone["weights"]) < 1e-5
+    # of the absolute error the decoder's bias gets a sum of signs; where it cancels, Adam makes a step of the rounding
+    assert largest_difference(first["weights"], alone["weights"]) < 5e-5
 
     moved = largest_difference(alone["weights"], build(model_type, mi_gate_threshold=threshold).state_dict())
     assert moved > 1e-3  # or equality would say nothing
