@@ -1,6 +1,6 @@
-"""Independent references: formulas of the paper and of MAE written as plainly as possible, sharing no code with mimae.
+"""Independent references: formulas of the paper, of MAE and of SimMIM, as plain as possible, without a line of mimae.
 
-Shapes: B images, N masks, L patches, V visible patches, D features.
+Shapes: B images, N masks, L units of a mask, V visible units, D features.
 """
 
 import math
@@ -20,6 +20,18 @@ TINY = {
     "decoder_num_hidden_layers": 1,
     "decoder_num_attention_heads": 2,
     "decoder_intermediate_size": 32,
+}
+# a Swin of 2 + 2 blocks on maps of 8 x 8 and 4 x 4 tokens, windows of 4 x 4, 16 mask units of one last token each;
+# N = 2 masks of r = 0.5 see 8 units each
+TINY_SWIN = {
+    "image_size": 16,
+    "patch_size": 2,
+    "embed_dim": 16,
+    "depths": [2, 2],
+    "num_heads": [2, 4],
+    "window_size": 4,
+    "encoder_stride": 4,
+    "mask_patch_size": 4,
 }
 
 
@@ -112,3 +124,57 @@ def assert_official_mae_statistics(model: torch.nn.Module, grid_size: tuple[int,
             assert 0.97 * bound < value.abs().max() <= bound * (1 + 1e-6), name
             assert math.isclose(value.std().item(), bound / math.sqrt(3), rel_tol=0.08), name
             assert abs(value.mean().item()) < 0.1 * bound, name
+
+
+def simmim_layer(name: str, depths: list[int]) -> int:
+    """The layer of a parameter by the official rule (SimMIM's optimizer.py), from its name within the encoder.
+
+    Stem 0, blocks 1, 2, … over all stages, a stage's downsampling with its last block, the last norm one beyond.
+    """
+    if name.startswith("embeddings."):
+        return 0
+    if not name.startswith("encoder.layers."):
+        return sum(depths) + 1
+    _, _, stage, part, block, *_ = name.split(".")
+    before = sum(depths[: int(stage)])
+    return before + (depths[int(stage)] if part == "downsample" else int(block) + 1)
+
+
+def assert_official_simmim_statistics(model: torch.nn.Module):
+    """Every parameter is as the official SimMIM (swin_transformer.py, simmim.py) draws it, V's as in MI-MAE.
+
+    Linear layers, mask token and relative positions from a truncated N(0, 0.02), zero biases; convolutions, their
+    biases too, as torch draws them: uniform within ±1/√fan_in (which is kaiming-uniform with a = √5).
+    """
+    parameters = dict(model.named_parameters())
+    for name, parameter in parameters.items():
+        value, kind = parameter.detach(), name.rsplit(".", 1)[-1]
+        assert value.dtype == torch.float32, name
+        if "norm" in name:
+            assert torch.all(value == (1 if kind == "weight" else 0)), name
+        elif name.endswith(("patch_embeddings.projection.bias", "decoder.0.bias")):
+            assert_uniform(value, parameters[name.replace("bias", "weight")][0].numel() ** -0.5, name)
+        elif kind == "bias":
+            assert torch.all(value == (1 if name.endswith("approximator.variance.3.bias") else 0)), name
+        elif name.startswith("approximator."):
+            assert_uniform(value, math.sqrt(6 / sum(value.shape)), name)
+        elif value.ndim == 4:
+            assert_uniform(value, value[0].numel() ** -0.5, name)
+        else:
+            assert_normal(value, 0.02, name)
+
+
+def assert_uniform(value: torch.Tensor, bound: float, name: str):
+    """Drawn from U(-bound, bound), as far as so many values can show."""
+    slack = 5 / math.sqrt(value.numel())
+    assert value.abs().max() <= bound * (1 + 1e-6), name
+    assert math.isclose(value.square().mean().item(), bound**2 / 3, rel_tol=slack), name
+    assert abs(value.mean().item()) < slack * bound, name
+
+
+def assert_normal(value: torch.Tensor, std: float, name: str):
+    """Drawn from N(0, std), as far as so many values can show: second and fourth moment, and mean."""
+    slack = 7 / math.sqrt(value.numel())
+    assert math.isclose(value.square().mean().item(), std**2, rel_tol=slack), name
+    assert math.isclose(value.pow(4).mean().item(), 3 * std**4, rel_tol=3 * slack), name
+    assert abs(value.mean().item()) < slack * std, name

@@ -8,24 +8,35 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from references import TINY
+from references import TINY, TINY_SWIN
 from torch.nn.parallel import DistributedDataParallel
+from transformers import PreTrainedModel
 
 import mimae.mutual_information
-from mimae import MIMAEConfig, MIMAEForPreTraining
+from mimae import MIMAEConfig, MIMAEForPreTraining, MISimMIMConfig, MISimMIMForPreTraining
 
 NUM_PROCESSES = 2
 NUM_STEPS = 4
 NUM_IMAGES = 8  # of the global batch
 TERMS = ("loss", "objective", "reconstruction_loss", "mi_max_loss", "mi_min_loss", "approximation_loss", "mi_active")
-# behind a closed gate L_rec is 1.559, 1.487, 1.467: the second opens at the third step
-THRESHOLDS = {"open": None, "opens": 1.477}
+MODELS = {
+    "mimae": (MIMAEForPreTraining, MIMAEConfig, TINY),
+    "misimmim": (MISimMIMForPreTraining, MISimMIMConfig, TINY_SWIN),
+}
+# behind a closed gate L_rec is 1.559, 1.487, 1.467 in MI-MAE and 0.943, 0.879, 0.854 in MI-SimMIM: the second opens at
+# the third step
+THRESHOLDS = {
+    "mimae": {"open": None, "opens": 1.477},
+    "misimmim": {"open": None, "opens": 0.867},
+}
+CASES = [(model_type, case) for model_type, thresholds in THRESHOLDS.items() for case in thresholds]
 
 
-def build(**overrides) -> MIMAEForPreTraining:
+def build(model_type: str = "mimae", **overrides) -> PreTrainedModel:
     """The same model on every process; λ = (1, 1, 10) by default."""
     torch.manual_seed(0)
-    return MIMAEForPreTraining(MIMAEConfig(**{**TINY, **overrides}))
+    model_class, config_class, sizes = MODELS[model_type]
+    return model_class(config_class(**{**sizes, **overrides}))
 
 
 def train(rank: int, world_size: int, threshold: float | None, **overrides) -> dict:
@@ -75,7 +86,10 @@ def run_process(rank: int, folder: Path):
     torch.set_num_threads(1)
     rendezvous = f"file://{folder / 'rendezvous'}"
     dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=NUM_PROCESSES)
-    results = {name: train(rank, NUM_PROCESSES, threshold) for name, threshold in THRESHOLDS.items()}
+    results = {
+        (model_type, case): train(rank, NUM_PROCESSES, THRESHOLDS[model_type][case], model_type=model_type)
+        for model_type, case in CASES
+    }
     results["local negatives"] = train(rank, NUM_PROCESSES, None, gather_negatives=False)
     results["straddle"] = straddle(rank)
 
@@ -133,15 +147,18 @@ def test_the_processes_are_two(processes):
     assert [process["world_size"].item() for process in processes] == [NUM_PROCESSES] * NUM_PROCESSES
 
 
-@pytest.mark.parametrize("case", THRESHOLDS)
-def test_two_processes_equal_one_on_the_same_global_batch(processes, case):
-    alone = train(0, 1, THRESHOLDS[case])
-    history = torch.stack([process[case]["history"] for process in processes])
+@pytest.mark.parametrize(("model_type", "case"), CASES)
+def test_two_processes_equal_one_on_the_same_global_batch(processes, model_type, case):
+    threshold = THRESHOLDS[model_type][case]
+    alone = train(0, 1, threshold, model_type=model_type)
+    first, second = (process[model_type, case] for process in processes)
+    history = torch.stack([first["history"], second["history"]])
     torch.testing.assert_close(history.mean(dim=0), alone["history"], rtol=2e-5, atol=2e-5)
-    assert largest_difference(processes[0][case]["weights"], processes[1][case]["weights"]) == 0
-    assert largest_difference(processes[0][case]["weights"], alone["weights"]) < 1e-5
+    assert largest_difference(first["weights"], second["weights"]) == 0
+    # of the absolute error the decoder's bias gets a sum of signs; where it cancels, Adam makes a step of the rounding
+    assert largest_difference(first["weights"], alone["weights"]) < 5e-5
 
-    moved = largest_difference(alone["weights"], build(mi_gate_threshold=THRESHOLDS[case]).state_dict())
+    moved = largest_difference(alone["weights"], build(model_type, mi_gate_threshold=threshold).state_dict())
     assert moved > 1e-3  # or equality would say nothing
     active = alone["history"][:, TERMS.index("mi_active")].tolist()
     assert active == {"open": [1, 1, 1, 1], "opens": [0, 0, 1, 1]}[case]
