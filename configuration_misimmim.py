@@ -63,6 +63,8 @@ class MISimMIMConfig(MIMConfigMixin, SwinConfig):
             raise ValueError(f"patch_size={self.patch_size} must be one whole number of pixels (square patches)")
         if not self.depths or len(self.depths) != len(self.num_heads):
             raise ValueError(f"depths={self.depths} and num_heads={self.num_heads} must each have one number a stage")
+        if min(*self.depths, *self.num_heads) < 1:
+            raise ValueError(f"depths={self.depths} and num_heads={self.num_heads} must be at least 1 in each stage")
         stride = self.patch_size * 2 ** (len(self.depths) - 1)
         if self.encoder_stride != stride:
             raise ValueError(

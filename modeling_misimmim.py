@@ -242,7 +242,9 @@ class MISimMIMModel(MISimMIMPreTrainedModel, SwinModel):
                 window finds room.
         """
         config = self.config
-        height, width = pixel_values.shape[-2:]
+        channels, height, width = pixel_values.shape[-3:]
+        if channels != config.num_channels:
+            raise ValueError(f"images of {channels} channels, but the model was configured for {config.num_channels}")
         check_image_size(config, (height, width), interpolate_pos_encoding, divisor="encoder_stride")
         smallest = config.window_size * config.encoder_stride
         if min(height, width) < smallest:
@@ -257,7 +259,8 @@ class MISimMIMModel(MISimMIMPreTrainedModel, SwinModel):
         """(B, D₁, H/p, W/p) → the encoder's output, and the last map (B, D, h, w) after the last norm."""
         grid_size = patches.shape[-2:]
         hidden_states = self.embeddings.dropout(patches.flatten(2).transpose(1, 2))
-        output = self.encoder(hidden_states, grid_size, **kwargs)
+        # always_partition: or transformers' Swin would fit its windows to the first small map it sees, for good
+        output = self.encoder(hidden_states, grid_size, always_partition=True, **{**kwargs, "return_dict": True})
         downsampling = 2 ** (len(self.config.depths) - 1)
         map_size = (grid_size[0] // downsampling, grid_size[1] // downsampling)
         return output, as_map(self.layernorm(output.last_hidden_state), map_size)

@@ -261,11 +261,8 @@ def test_loading_in_bfloat16_keeps_the_approximator_in_float32(tmp_path, build):
 
 
 @pytest.mark.parametrize("by_config", [True, False])
-def test_return_dict_false_gives_tuples(request, build, by_config):
+def test_return_dict_false_gives_tuples(build, by_config):
     model = build()
-    if by_config and model.config.model_type == "misimmim":
-        reason = "the encoder, too, returns a tuple, and its last hidden state is asked for by name"
-        request.applymarker(pytest.mark.xfail(strict=True, raises=AttributeError, reason=reason))
     pixel_values, noise = images(), torch.rand(3, NUM_UNITS)
     loss = model(pixel_values, noise).loss
     features = model.base_model(pixel_values).last_hidden_state
