@@ -214,6 +214,43 @@ class MIMPreTrainedMixin:
         super().save_pretrained(*args, save_original_format=save_original_format, **kwargs)
 
 
+class MIMEncoderMixin:
+    """The two ways to see an image: whole, and as N masked views.
+
+    A model brings `embeddings.embed_patches(pixel_values, interpolate_pos_encoding)` → patches, and
+    `encode_views(patches, ids_visible, mask, ids_restore, …)` → `MaskedOutput`.
+    """
+
+    def encode(self, pixel_values: torch.Tensor) -> EncoderOutput:
+        """Unmasked features of images of other sizes, too: what evaluation uses, for every model."""
+        return self(pixel_values, interpolate_pos_encoding=True)
+
+    @can_return_tuple
+    def forward_masked(
+        self,
+        pixel_values: torch.Tensor,
+        noise: torch.Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
+        **kwargs,
+    ) -> MaskedOutput:
+        """N masked views of each image through the encoder; the patches are embedded once.
+
+        Args:
+            pixel_values: (B, C, H, W), normalised.
+            noise: (B, L), or (B, N, L) for independent masks: what the masks are cut from; None = drawn here.
+            interpolate_pos_encoding: take images of another size than the configuration's.
+
+        Raises:
+            ValueError: see `check_image_size`, `draw_masks` and the embeddings' `embed_patches`.
+        """
+        config, (height, width) = self.config, pixel_values.shape[-2:]
+        check_image_size(config, (height, width), interpolate_pos_encoding, divisor=config.unit_field)
+        num_patches = (height // config.unit_size) * (width // config.unit_size)
+        patches = self.embeddings.embed_patches(pixel_values, interpolate_pos_encoding)
+        masks = draw_masks(config, len(patches), num_patches, noise, patches.device)
+        return self.encode_views(patches, *masks, return_dict=True, **kwargs)
+
+
 class MIMForPreTrainingMixin:
     """The pre-training objective (Eq. 11) over encoder, decoder and the approximator V.
 

@@ -35,12 +35,12 @@ from .configuration_mimae import MIMAEConfig
 from .modeling_mim import (
     EncoderOutput,
     MaskedOutput,
+    MIMEncoderMixin,
     MIMForImageClassificationMixin,
     MIMForPreTrainingMixin,
     MIMForPreTrainingOutput,
     MIMPreTrainedMixin,
     check_image_size,
-    draw_masks,
     gather_patches,
     init_linear,
 )
@@ -207,7 +207,7 @@ class MIMAEPreTrainedModel(MIMPreTrainedMixin, ViTMAEPreTrainedModel):
         return set()
 
 
-class MIMAEModel(MIMAEPreTrainedModel, ViTMAEModel):
+class MIMAEModel(MIMEncoderMixin, MIMAEPreTrainedModel, ViTMAEModel):
     """The encoder. `forward` and `encode` see the whole image and are deterministic; `forward_masked` sees views."""
 
     # any checkpoint is loaded for its encoder without a word about the rest
@@ -253,31 +253,17 @@ class MIMAEModel(MIMAEPreTrainedModel, ViTMAEModel):
             feature_map=latent[:, 1:].transpose(1, 2).unflatten(2, grid_size),
         )
 
-    def encode(self, pixel_values: torch.Tensor) -> EncoderOutput:
-        """Unmasked features of images of any size that the patches divide: what evaluation uses, for every model."""
-        return self(pixel_values, interpolate_pos_encoding=True)
-
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
-    def forward_masked(
+    def encode_views(
         self,
-        pixel_values: torch.Tensor,
-        noise: torch.Tensor | None = None,
-        interpolate_pos_encoding: bool = False,
+        patches: torch.Tensor,
+        ids_visible: torch.Tensor,
+        mask: torch.Tensor,
+        ids_restore: torch.Tensor,
         **kwargs,
     ) -> MaskedOutput:
-        """N masked views of each image through the encoder; the patches are embedded once.
-
-        Args:
-            pixel_values: (B, C, H, W), normalised.
-            noise: (B, L), or (B, N, L) for independent masks: what the masks are cut from; None = drawn here.
-
-        Raises:
-            ValueError: see `MIMAEEmbeddings.embed_patches` and `draw_masks`.
-        """
-        patches = self.embeddings.embed_patches(pixel_values, interpolate_pos_encoding)  # (B, L, D)
-        ids_visible, mask, ids_restore = draw_masks(self.config, *patches.shape[:2], noise, patches.device)
-
+        """What is visible of patches (B, L, D), and nothing else, through the encoder; see `draw_masks`."""
         num_views = self.config.num_views
         views = patches.unsqueeze(1).expand(-1, num_views, -1, -1)  # (B, N, L, D), not copied
         visible_embeddings = gather_patches(views, ids_visible)  # (B, N, V, D)

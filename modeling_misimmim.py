@@ -37,11 +37,11 @@ from .configuration_misimmim import MISimMIMConfig
 from .modeling_mim import (
     EncoderOutput,
     MaskedOutput,
+    MIMEncoderMixin,
     MIMForImageClassificationMixin,
     MIMForPreTrainingMixin,
     MIMPreTrainedMixin,
     check_image_size,
-    draw_masks,
     gather_patches,
     init_linear,
     patchify,
@@ -75,6 +75,32 @@ def visible_tokens(feature_map: torch.Tensor, ids_visible: torch.Tensor, side: i
 def as_map(tokens: torch.Tensor, grid_size: tuple[int, int]) -> torch.Tensor:
     """Tokens (B, h·w, D), row by row → (B, D, h, w)."""
     return tokens.transpose(1, 2).unflatten(2, grid_size)
+
+
+class MISimMIMEmbeddings(SwinEmbeddings):
+    """Patch embeddings, once per image; masking is the model's business. Swin's positions are in its attention."""
+
+    def embed_patches(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = False) -> torch.Tensor:
+        """(B, C, H, W) → normalised patch embeddings (B, D₁, H/p, W/p).
+
+        Raises:
+            ValueError: another number of channels or another image size than the configuration declares; with
+                `interpolate_pos_encoding` any size is taken that `encoder_stride` divides and in whose last map a
+                window finds room.
+        """
+        config = self.config
+        channels, height, width = pixel_values.shape[-3:]
+        if channels != config.num_channels:
+            raise ValueError(f"images of {channels} channels, but the model was configured for {config.num_channels}")
+        check_image_size(config, (height, width), interpolate_pos_encoding, divisor="encoder_stride")
+        smallest = config.window_size * config.encoder_stride
+        if min(height, width) < smallest:
+            raise ValueError(
+                f"image of {height} x {width} pixels is smaller than a window of the last stage, {smallest} pixels: "
+                f"enlarge it, or make a model with a smaller window_size than {config.window_size}"
+            )
+        patches, grid_size = self.patch_embeddings(pixel_values)  # (B, T, D₁)
+        return as_map(self.norm(patches), grid_size)
 
 
 class DroppableMLP(SwinMLP):
@@ -131,18 +157,14 @@ class MISimMIMEncoder(MISimMIMPreTrainedModel, SwinEncoder):
 
     def __init__(self, config: MISimMIMConfig, grid_size: tuple[int, int]):
         SwinEncoder.__init__(self, config, grid_size)
-        for block in self.blocks():
+        for block in (block for stage in self.layers for block in stage.blocks):
             if isinstance(block.drop_path, SwinDropPath):
                 block.mlp = DroppableMLP(block.mlp, block.drop_path.drop_prob)
             if min(block.input_resolution) <= config.window_size:
                 block.shift_size = 0
 
-    def blocks(self) -> list[nn.Module]:
-        """Of all stages."""
-        return [block for stage in self.layers for block in stage.blocks]
 
-
-class MISimMIMModel(MISimMIMPreTrainedModel, SwinModel):
+class MISimMIMModel(MIMEncoderMixin, MISimMIMPreTrainedModel, SwinModel):
     """The encoder. `forward` and `encode` see the whole image; `forward_masked`, with a mask token, sees views."""
 
     # any checkpoint is loaded for its encoder without a word about the rest
@@ -157,7 +179,7 @@ class MISimMIMModel(MISimMIMPreTrainedModel, SwinModel):
 
     def __init__(self, config: MISimMIMConfig, use_mask_token: bool = False):
         SwinPreTrainedModel.__init__(self, config)
-        self.embeddings = SwinEmbeddings(config, use_mask_token=use_mask_token)
+        self.embeddings = MISimMIMEmbeddings(config, use_mask_token=use_mask_token)
         self.encoder = MISimMIMEncoder(config, self.embeddings.patch_grid)
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.post_init()
@@ -172,9 +194,9 @@ class MISimMIMModel(MISimMIMPreTrainedModel, SwinModel):
             interpolate_pos_encoding: take images of another size than the configuration's.
 
         Raises:
-            ValueError: see `embed_patches`.
+            ValueError: see `MISimMIMEmbeddings.embed_patches`.
         """
-        patches = self.embed_patches(pixel_values, interpolate_pos_encoding)  # (B, D₁, H/p, W/p)
+        patches = self.embeddings.embed_patches(pixel_values, interpolate_pos_encoding)  # (B, D₁, H/p, W/p)
         output, feature_map = self._encode_map(patches, **kwargs)
         return EncoderOutput(
             last_hidden_state=feature_map.flatten(2).transpose(1, 2),
@@ -184,37 +206,19 @@ class MISimMIMModel(MISimMIMPreTrainedModel, SwinModel):
             attentions=output.attentions,
         )
 
-    def encode(self, pixel_values: torch.Tensor) -> EncoderOutput:
-        """Unmasked features of images of other sizes, too: what evaluation uses, for every model."""
-        return self(pixel_values, interpolate_pos_encoding=True)
-
-    @can_return_tuple
-    def forward_masked(
+    def encode_views(
         self,
-        pixel_values: torch.Tensor,
-        noise: torch.Tensor | None = None,
-        interpolate_pos_encoding: bool = False,
+        patches: torch.Tensor,
+        ids_visible: torch.Tensor,
+        mask: torch.Tensor,
+        ids_restore: torch.Tensor,
         **kwargs,
     ) -> MaskedOutput:
-        """N views of each image, masked units replaced by mask tokens, through the encoder; patches are embedded once.
-
-        Args:
-            pixel_values: (B, C, H, W), normalised.
-            noise: (B, L), or (B, N, L) for independent masks: what the masks are cut from; None = drawn here.
-
-        Raises:
-            ValueError: see `embed_patches` and `draw_masks`; images that the units of a mask do not divide.
-        """
-        config = self.config
-        check_image_size(config, pixel_values.shape[-2:], interpolate_pos_encoding, divisor="mask_patch_size")
-        patches = self.embed_patches(pixel_values, interpolate_pos_encoding).unsqueeze(1)  # (B, 1, D₁, H/p, W/p)
-        grid_size = [side // config.mask_patch_size for side in pixel_values.shape[-2:]]
-        ids_visible, mask, ids_restore = draw_masks(
-            config, len(patches), grid_size[0] * grid_size[1], noise, patches.device
-        )
-
+        """Patches (B, D₁, H/p, W/p), mask tokens in place of those masked, through the encoder; see `draw_masks`."""
+        config, patches = self.config, patches.unsqueeze(1)  # (B, 1, D₁, H/p, W/p)
         side = config.mask_patch_size // config.patch_size
-        is_masked = mask.bool().unflatten(-1, grid_size)  # (B, N, rows, columns) of units
+        rows, columns = (length // side for length in patches.shape[-2:])
+        is_masked = mask.bool().unflatten(-1, (rows, columns))  # (B, N, rows, columns) of units
         is_masked = is_masked.repeat_interleave(side, dim=-2).repeat_interleave(side, dim=-1)  # of patches
         mask_token = self.embeddings.mask_token.to(patches.dtype).view(-1, 1, 1)  # (D₁, 1, 1)
         views = torch.where(is_masked.unsqueeze(2), mask_token, patches)  # (B, N, D₁, H/p, W/p)
@@ -232,28 +236,6 @@ class MISimMIMModel(MISimMIMPreTrainedModel, SwinModel):
             hidden_states=output.hidden_states,
             attentions=output.attentions,
         )
-
-    def embed_patches(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = False) -> torch.Tensor:
-        """(B, C, H, W) → normalised patch embeddings (B, D₁, H/p, W/p). Swin's positions are in its attention.
-
-        Raises:
-            ValueError: another number of channels or another image size than the configuration declares; with
-                `interpolate_pos_encoding` any size is taken that `encoder_stride` divides and in whose last map a
-                window finds room.
-        """
-        config = self.config
-        channels, height, width = pixel_values.shape[-3:]
-        if channels != config.num_channels:
-            raise ValueError(f"images of {channels} channels, but the model was configured for {config.num_channels}")
-        check_image_size(config, (height, width), interpolate_pos_encoding, divisor="encoder_stride")
-        smallest = config.window_size * config.encoder_stride
-        if min(height, width) < smallest:
-            raise ValueError(
-                f"image of {height} x {width} pixels is smaller than a window of the last stage, {smallest} pixels: "
-                f"enlarge it, or make a model with a smaller window_size than {config.window_size}"
-            )
-        patches, grid_size = self.embeddings.patch_embeddings(pixel_values)  # (B, T, D₁)
-        return as_map(self.embeddings.norm(patches), grid_size)
 
     def _encode_map(self, patches: torch.Tensor, **kwargs) -> tuple[EncoderOutput, torch.Tensor]:
         """(B, D₁, H/p, W/p) → the encoder's output, and the last map (B, D, h, w) after the last norm."""

@@ -61,6 +61,11 @@ def build(cls: type[PreTrainedModel] = MISimMIMForPreTraining, **overrides) -> P
     return shaken(cls(MISimMIMConfig(**{**TINY_SWIN, **overrides})))
 
 
+def blocks_of(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """The blocks of all stages."""
+    return [block for stage in model.swin.encoder.layers for block in stage.blocks]
+
+
 def images(model: PreTrainedModel, num_images: int = 3) -> torch.Tensor:
     """Of the size and channels that the model is made for."""
     return torch.randn(num_images, model.config.num_channels, *model.config.image_size_2d)
@@ -428,10 +433,10 @@ def test_stock_features_do_depend_on_which_sizes_were_seen_before():
 
 
 def test_a_map_of_one_window_is_not_shifted_and_larger_ones_are():
-    shifts = [block.shift_size for block in build().swin.encoder.blocks()]
+    shifts = [block.shift_size for block in blocks_of(build())]
     assert shifts == [0, 2, 0, 0]  # maps of 8 x 8 and 4 x 4 tokens, windows of 4 x 4
-    assert [block.shift_size for block in build(image_size=32).swin.encoder.blocks()] == [0, 2, 0, 2]
-    assert [block.shift_size for block in build(image_size=(16, 32)).swin.encoder.blocks()] == [0, 2, 0, 0]
+    assert [block.shift_size for block in blocks_of(build(image_size=32))] == [0, 2, 0, 2]
+    assert [block.shift_size for block in blocks_of(build(image_size=(16, 32)))] == [0, 2, 0, 0]
 
 
 # Stochastic depth
@@ -439,7 +444,7 @@ def test_a_map_of_one_window_is_not_shifted_and_larger_ones_are():
 
 @pytest.mark.parametrize("cls", [MISimMIMForPreTraining, MISimMIMForImageClassification])
 def test_drop_path_grows_linearly_from_0_over_all_stages_in_both_branches(cls):
-    first, *others = build(cls, drop_path_rate=0.3).swin.encoder.blocks()
+    first, *others = blocks_of(build(cls, drop_path_rate=0.3))
     for branches in ([block.drop_path for block in others], [block.mlp.drop_path for block in others]):
         assert [branch.drop_prob for branch in branches] == pytest.approx([0.1, 0.2, 0.3])
     tokens = torch.randn(500, 64, 16)
@@ -447,14 +452,14 @@ def test_drop_path_grows_linearly_from_0_over_all_stages_in_both_branches(cls):
 
 
 def test_a_dropped_block_is_the_identity():
-    block = build(drop_path_rate=1 - 1e-7).swin.encoder.blocks()[-1].train()
+    block = blocks_of(build(drop_path_rate=1 - 1e-7))[-1].train()
     tokens = torch.randn(3, 16, 32)
     torch.testing.assert_close(block(tokens, (4, 4))[0], tokens, rtol=0, atol=0)
     assert not torch.allclose(block.eval()(tokens, (4, 4))[0], tokens, atol=0.1)
 
 
 def test_both_branches_of_a_sample_are_dropped_on_their_own_and_rescaled():
-    block = build(drop_path_rate=0.4).swin.encoder.blocks()[-1].train()
+    block = blocks_of(build(drop_path_rate=0.4))[-1].train()
     tokens = torch.randn(1, 16, 32)  # one window
     with torch.no_grad():
         dropped, _ = block(tokens.expand(2000, -1, -1), (4, 4))
@@ -589,7 +594,7 @@ def test_any_channels_and_any_rectangle(channels, image_size):
 def test_sdpa_agrees_with_eager_attention():
     eager = shaken(MISimMIMForPreTraining._from_config(MISimMIMConfig(**TINY_SWIN), attn_implementation="eager"))
     sdpa = MISimMIMForPreTraining._from_config(MISimMIMConfig(**TINY_SWIN), attn_implementation="sdpa")
-    assert sdpa.swin.encoder.blocks()[0].attention.config._attn_implementation == "sdpa"
+    assert blocks_of(sdpa)[0].attention.config._attn_implementation == "sdpa"
     sdpa.load_state_dict(eager.state_dict())
     pixel_values, noise = images(eager), noise_for(eager)
     outputs = []

@@ -12,9 +12,8 @@ import pytest
 import torch
 from loopback_hub import HANG_UP, Account, LoopbackHub, card_errors
 from PIL import Image
-from references import TINY
+from references import TINY, TINY_SWIN
 from runs import ROOT, flags, pretrain
-from test_swin_export import TINY_SWIN
 from transformers import ViTImageProcessor
 
 from mimae import (

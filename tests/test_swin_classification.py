@@ -7,6 +7,7 @@ import pytest
 import torch
 import yaml
 from huggingface_hub.errors import StrictDataclassError
+from references import TINY_SWIN
 from runs import pretrain
 from safetensors.torch import load_file
 from transformers import SwinConfig, SwinForImageClassification, SwinForMaskedImageModeling, SwinModel
@@ -17,15 +18,7 @@ from mimae.training.arguments import RecipeError
 from mimae.training.geometry import interpolate_table
 from mimae.training.warm_start import Checkpoint, UnfitCheckpointError
 
-TINY = {
-    "image_size": 16,
-    "patch_size": 2,
-    "embed_dim": 16,
-    "depths": [2, 2],
-    "num_heads": [2, 4],
-    "window_size": 4,
-    "encoder_stride": 4,
-}
+TINY = {name: value for name, value in TINY_SWIN.items() if name != "mask_patch_size"}
 SHORT = {
     "use_cpu": True,
     "cpu_threads": 1,

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from references import TINY_SWIN
 from safetensors.torch import load_file, save_file
 from test_export import LABELS, loaded_by, randomized, snippet_of
 from transformers import (
@@ -31,16 +32,6 @@ from mimae.hub.model_card import write_backbone_card, write_model_card
 from mimae.hub.stock import STOCK_MODELS
 
 # 4 x 4 mask units and 2 stages of 2 blocks; the first stage shifts its windows
-TINY_SWIN = {
-    "image_size": 16,
-    "patch_size": 2,
-    "embed_dim": 16,
-    "depths": [2, 2],
-    "num_heads": [2, 4],
-    "window_size": 4,
-    "encoder_stride": 4,
-    "mask_patch_size": 4,
-}
 STOCK_SIZES = {name: value for name, value in TINY_SWIN.items() if name != "mask_patch_size"}
 CLASSES = {
     "encoder": MISimMIMModel,
