@@ -218,7 +218,7 @@ class MIMEncoderMixin:
     """The two ways to see an image: whole, and as N masked views.
 
     A model brings `embeddings.embed_patches(pixel_values, interpolate_pos_encoding)` → patches, and
-    `encode_views(patches, ids_visible, mask, ids_restore, …)` → `MaskedOutput`.
+    `encode_views(patches, ids_visible, mask, …)` → `MaskedOutput`, all but the masks.
     """
 
     def encode(self, pixel_values: torch.Tensor) -> EncoderOutput:
@@ -247,8 +247,9 @@ class MIMEncoderMixin:
         check_image_size(config, (height, width), interpolate_pos_encoding, divisor=config.unit_field)
         num_patches = (height // config.unit_size) * (width // config.unit_size)
         patches = self.embeddings.embed_patches(pixel_values, interpolate_pos_encoding)
-        masks = draw_masks(config, len(patches), num_patches, noise, patches.device)
-        return self.encode_views(patches, *masks, return_dict=True, **kwargs)
+        ids_visible, mask, ids_restore = draw_masks(config, len(patches), num_patches, noise, patches.device)
+        views = self.encode_views(patches, ids_visible, mask, return_dict=True, **kwargs)
+        return MaskedOutput(**views, mask=mask, ids_restore=ids_restore)
 
 
 class MIMForPreTrainingMixin:

@@ -256,12 +256,7 @@ class MIMAEModel(MIMEncoderMixin, MIMAEPreTrainedModel, ViTMAEModel):
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
     def encode_views(
-        self,
-        patches: torch.Tensor,
-        ids_visible: torch.Tensor,
-        mask: torch.Tensor,
-        ids_restore: torch.Tensor,
-        **kwargs,
+        self, patches: torch.Tensor, ids_visible: torch.Tensor, mask: torch.Tensor, **kwargs
     ) -> MaskedOutput:
         """What is visible of patches (B, L, D), and nothing else, through the encoder; see `draw_masks`."""
         num_views = self.config.num_views
@@ -273,8 +268,6 @@ class MIMAEModel(MIMEncoderMixin, MIMAEPreTrainedModel, ViTMAEModel):
             last_hidden_state=latent,
             latent_vector=pool_tokens(latent, self.config.latent_pooling).unflatten(0, (-1, num_views)),
             visible_embeddings=visible_embeddings,
-            mask=mask,
-            ids_restore=ids_restore,
         )
 
     def modules_by_depth(self) -> list[nn.Module]:

@@ -207,12 +207,7 @@ class MISimMIMModel(MIMEncoderMixin, MISimMIMPreTrainedModel, SwinModel):
         )
 
     def encode_views(
-        self,
-        patches: torch.Tensor,
-        ids_visible: torch.Tensor,
-        mask: torch.Tensor,
-        ids_restore: torch.Tensor,
-        **kwargs,
+        self, patches: torch.Tensor, ids_visible: torch.Tensor, mask: torch.Tensor, **kwargs
     ) -> MaskedOutput:
         """Patches (B, D₁, H/p, W/p), mask tokens in place of those masked, through the encoder; see `draw_masks`."""
         config, patches = self.config, patches.unsqueeze(1)  # (B, 1, D₁, H/p, W/p)
@@ -231,8 +226,6 @@ class MISimMIMModel(MIMEncoderMixin, MISimMIMPreTrainedModel, SwinModel):
             last_hidden_state=feature_map.flatten(2).transpose(1, 2),
             latent_vector=latent.mean(dim=2),
             visible_embeddings=visible_tokens(patches, ids_visible, side),
-            mask=mask,
-            ids_restore=ids_restore,
             hidden_states=output.hidden_states,
             attentions=output.attentions,
         )

@@ -76,6 +76,21 @@ def club_by_loops(latent: torch.Tensor, mean: torch.Tensor, variance: torch.Tens
     return total / (num_images * num_views)
 
 
+def assert_terms_follow_the_paper(
+    output, latent: torch.Tensor, mean: torch.Tensor, variance: torch.Tensor, temperature: float = 0.07
+):
+    """An output's terms are Eq. 7-10 of ẑ (B, N, D) and of V's Gaussians (B, N, G, D), a mixture's mean for G > 1."""
+    latent, mean, variance = latent.double(), mean.double(), variance.double()
+    nll, club = torch.zeros(2, dtype=torch.float64)
+    for own_mean, own_variance in zip(mean.unbind(2), variance.unbind(2), strict=True):
+        nll -= gaussian_log_likelihood(latent, own_mean, own_variance) / mean.shape[2]
+        club += club_by_loops(latent, own_mean, own_variance) / mean.shape[2]
+    close = {"rtol": 1e-4, "atol": 1e-5}
+    torch.testing.assert_close(output.mi_max_loss.double(), info_nce_by_loops(latent, temperature), **close)
+    torch.testing.assert_close(output.approximation_loss.double(), nll, **close)
+    torch.testing.assert_close(output.mi_min_loss.double(), club, **close)
+
+
 def sincos_by_loops(grid_size: tuple[int, int], width: int) -> torch.Tensor:
     """The official MAE's positions (1, 1+L, width): class token 0; column (width half) first, then row; sin, cos."""
     rows = [[0.0] * width]
