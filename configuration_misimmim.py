@@ -9,7 +9,7 @@ from .configuration_mim import MIMConfigMixin
 
 
 def _swin_sizes(width: int, depths: tuple[int, ...], heads: tuple[int, ...]) -> dict[str, Any]:
-    return {"embed_dim": width, "depths": list(depths), "num_heads": list(heads)}
+    return {"embed_dim": width, "depths": depths, "num_heads": heads}
 
 
 @strict

@@ -196,10 +196,13 @@ class MIMPreTrainedMixin:
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
-        """As in transformers; in addition, what is fixed stays fixed."""
+        """As in transformers; in addition, what is fixed stays fixed, and V in float32 where it is new, too."""
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model.freeze_fixed_parameters()
+        for module in model.modules():
+            if isinstance(module, GaussianApproximator):
+                module.float()
         return loaded
 
     def save_pretrained(self, *args, save_original_format: bool = False, **kwargs):

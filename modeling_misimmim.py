@@ -210,6 +210,10 @@ class MISimMIMModel(MIMEncoderMixin, MISimMIMPreTrainedModel, SwinModel):
         self, patches: torch.Tensor, ids_visible: torch.Tensor, mask: torch.Tensor, **kwargs
     ) -> MaskedOutput:
         """Patches (B, D₁, H/p, W/p), mask tokens in place of those masked, through the encoder; see `draw_masks`."""
+        if self.embeddings.mask_token is None:
+            raise ValueError(
+                "this encoder has no mask token: build it with use_mask_token=True to show it masked views"
+            )
         config, patches = self.config, patches.unsqueeze(1)  # (B, 1, D₁, H/p, W/p)
         side = config.mask_patch_size // config.patch_size
         rows, columns = (length // side for length in patches.shape[-2:])

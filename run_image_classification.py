@@ -607,6 +607,7 @@ class ClassificationRun:
         state, data_args = PartialState(), self.data_args
         return {
             "task": self.args.task,
+            "model_type": self.start.family.name,
             "model": self.model_args.model_name_or_path or self.model_args.preset or "a model of the recipe's sizes",
             "untrained": self.args.untrained,
             "dataset": "local images" if data_args.is_local else data_args.dataset_name or "digits",

@@ -1,6 +1,7 @@
 """Pre-train with MI-MAE or MI-SimMIM, plain MAE or SimMIM: arguments → data, model, trainer → result.
 
     accelerate launch run_mim_pretrain.py                                     # the demo, on embedded digits
+    accelerate launch run_mim_pretrain.py --model_type misimmim               # the same on a Swin
     accelerate launch run_mim_pretrain.py --config recipes/imagenet/mimae_vit_base_200e.yaml --output_dir out
     accelerate launch run_mim_pretrain.py --config … --output_dir out --resume_from_checkpoint latest
 
@@ -28,9 +29,17 @@ from mimae.data.loaders import PretrainingLoader, evaluation_batches
 from mimae.data.processor import build_image_processor, channel_statistics
 from mimae.data.sources import ImageSource
 from mimae.data.transforms import Normalization, evaluation_transform, pretraining_transform
-from mimae.training.arguments import HubArguments, ModelArguments, PretrainingArguments, config_fields, parse_arguments
+from mimae.data.words import some
+from mimae.training.arguments import (
+    HubArguments,
+    ModelArguments,
+    PretrainingArguments,
+    config_fields,
+    flag_value,
+    parse_arguments,
+)
 from mimae.training.checkpoints import CheckpointStore
-from mimae.training.families import CONFIG_CLASSES, Family, family_named
+from mimae.training.families import CONFIG_CLASSES, FAMILIES, Family, family_named
 from mimae.training.monitors import Evaluation, Probe, ReconstructionMonitor, probe_indices, split_indices
 from mimae.training.optimization import (
     WarmupCosine,
@@ -49,6 +58,7 @@ from mimae.training.trainer import Intervals, Pretrainer
 logger = logging.getLogger("mimae")
 
 RECIPES = Path(__file__).parent / "recipes"
+DEFAULT_RECIPES = {"misimmim": "digits/misimmim.yaml"}  # of other models, the demo
 NUM_PICTURES = 8
 
 
@@ -62,16 +72,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         ValueError and its kin, before training starts: a flag, recipe, data set or folder that cannot be used.
     """
     groups = (ModelArguments, DataArguments, PretrainingArguments, HubArguments)
+    default_recipe = RECIPES / DEFAULT_RECIPES.get(flag_value(argv, "model_type"), "demo.yaml")
     (model_args, data_args, args, hub_args), model_fields, recipe = parse_arguments(
-        argv, groups, CONFIG_CLASSES, default_recipe=RECIPES / "demo.yaml", description=__doc__
+        argv, groups, CONFIG_CLASSES, default_recipe=default_recipe, description=__doc__
     )
     family = family_named(model_args.model_type)
     config = family.build_config(model_args.preset, model_fields)
+    start = None if args.resume_from_checkpoint is not None else model_args.model_name_or_path
+    remarks = [] if start is None else compare_with_checkpoint(family, config, start)
     accelerator, output_dir = start_processes(args, recipe)
+    for remark in remarks:
+        logger.info("warm start: %s", remark)
     set_seed(args.seed)
     with accelerator.main_process_first():
         source, probe_source = data_args.open_split(data_args.train_split), data_args.open_held_out()
-    model = build_model(family, config, model_args, is_resumed=args.resume_from_checkpoint is not None)
+    model = build_model(family, config, model_args, start)
     mean, std = channel_statistics(config.num_channels, args.image_mean, args.image_std)
     normalization = Normalization(mean, std, accelerator.device)
     processor = build_image_processor(config.image_size_2d, mean, std)
@@ -138,31 +153,38 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def build_model(
-    family: Family, config: PreTrainedConfig, model_args: ModelArguments, is_resumed: bool
+    family: Family, config: PreTrainedConfig, model_args: ModelArguments, start: str | None
 ) -> PreTrainedModel:
-    """The model, from scratch or with the weights of `--model_name_or_path`; a resumed run brings its own.
-
-    Raises:
-        ValueError: the checkpoint is of another kind of model, or its sizes are not the recipe's; names them.
-    """
-    path, attention = model_args.model_name_or_path, model_args.attn_implementation
-    if path is None or is_resumed:
+    """The model, from scratch or with the weights of the checkpoint `start`."""
+    attention = model_args.attn_implementation
+    if start is None:
         config._attn_implementation = attention
         model = family.pretraining_class(config)
     else:
-        compare_with_checkpoint(family, config, PreTrainedConfig.get_config_dict(path)[0], path)
-        model = family.pretraining_class.from_pretrained(path, config=config, attn_implementation=attention)
+        model, info = family.pretraining_class.from_pretrained(
+            start, config=config, attn_implementation=attention, output_loading_info=True
+        )
+        if info["missing_keys"]:
+            logger.info("not in %s, and new: %s", start, some(sorted(info["missing_keys"])))
     if model_args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     return model
 
 
-def compare_with_checkpoint(family: Family, config: PreTrainedConfig, saved: dict[str, Any], path: str) -> None:
-    """On a warm start the recipe's values win: says where they differ, and refuses where the weights cannot fit."""
-    if saved.get("model_type") not in family.pretraining_types:
+def compare_with_checkpoint(family: Family, config: PreTrainedConfig, path: str) -> list[str]:
+    """On a warm start the recipe's values win. Says where they differ.
+
+    Raises:
+        ValueError: the checkpoint is of another kind of model, or its sizes are not the recipe's; names them.
+    """
+    saved = PreTrainedConfig.get_config_dict(path)[0]
+    kind = saved.get("model_type")
+    if kind not in family.pretraining_types:
+        fitting = [name for name, other in FAMILIES.items() if kind in other.pretraining_types]
+        remedy = f"it starts a model_type: {fitting[0]}" if fitting else "nothing here starts from it"
         raise ValueError(
-            f"{path} is a {saved.get('model_type')!r} model; with model_type={config.model_type!r}, "
-            f"--model_name_or_path takes one of {family.pretraining_types}"
+            f"{path} is a {kind!r} model; with model_type {family.name!r}, --model_name_or_path takes one of "
+            f"{family.pretraining_types}; {remedy}"
         )
     # what the checkpoint does not say has the default of transformers' own model, the older of the two layouts
     there = json.loads(json.dumps({**family.stock_config_class().to_dict(), **saved}))
@@ -170,9 +192,10 @@ def compare_with_checkpoint(family: Family, config: PreTrainedConfig, saved: dic
     differing = [name for name in here if name in there and there[name] != here[name]]
     if clashes := [name for name in differing if name in family.size_fields]:
         words = "; ".join(f"{name}: {there[name]} there, {here[name]} in the recipe" for name in clashes)
-        raise ValueError(f"the weights of {path} do not fit the recipe's model ({words}); choose its preset or sizes")
-    for name in differing:
-        logger.info("warm start: %s=%s, the recipe's, not the checkpoint's %s", name, here[name], there[name])
+        raise ValueError(
+            f"the weights of {path} do not fit the recipe's model ({words}); choose its preset or give these values"
+        )
+    return [f"{name}={here[name]}, the recipe's, not the checkpoint's {there[name]}" for name in differing]
 
 
 def start_processes(args: PretrainingArguments, recipe: Path) -> tuple[Accelerator, Path]:
@@ -311,6 +334,7 @@ def run_settings(
 ) -> dict[str, Any]:
     """What a run's result follows from, as JSON holds it; a resumed run must have the same."""
     settings = {
+        "model_type": config.model_type,
         **{name: getattr(config, name) for name in config_fields(type(config))},
         **{name: getattr(data_args, name) for name in ("min_crop_scale", "horizontal_flip")},
         **{name: getattr(args, name) for name in ("seed", "gradient_accumulation_steps", "weight_decay")},

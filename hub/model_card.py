@@ -68,10 +68,11 @@ FACT_NAMES = {
 
 # how each task of the classification script that leaves a classifier makes it
 MAKING = {
-    "finetune": "an encoder and a linear head, trained together",
-    "linear_probe": "a linear classifier on the frozen features of an encoder",
+    "finetune": "a {encoder} and a linear head, trained together",
+    "linear_probe": "a linear classifier on the frozen features of a {encoder}",
 }
 CLASSIFICATION_FACT_NAMES = {
+    "model_type": "Model",
     "start": "Starting point",
     "dataset": "Data",
     "test_images": "Held-out images",
@@ -144,10 +145,10 @@ def write_classification_card(folder: str | os.PathLike, *, results: Mapping[str
 
     Args:
         folder: the model's folder.
-        results: `results.json` of a run: `task` ("finetune" or "linear_probe"), and, all optional, `dataset`,
-            `test_images` (how many), `metrics` (`accuracy` and `top5_accuracy` as fractions, `loss`, and others by
-            name), `robustness` (`imagenet_a`, `imagenet_r` and `imagenet_sketch`, each with metrics of its own;
-            `imagenet_c`, and `corruptions` made on the fly, each as `corruption_table` of `evaluation.robustness`
+        results: `results.json` of a run: `task` ("finetune" or "linear_probe"), and, all optional, `model_type`,
+            `dataset`, `test_images` (how many), `metrics` (`accuracy` and `top5_accuracy` as fractions, `loss`, and
+            others by name), `robustness` (`imagenet_a`, `imagenet_r` and `imagenet_sketch`, each with metrics of its
+            own; `imagenet_c`, and `corruptions` made on the fly, each as `corruption_table` of `evaluation.robustness`
             returns it), `recipe`, `untrained` (`True`: the checkpoint gave its sizes alone), `seed`, `commit`,
             `hardware` and `versions` (dicts).
         pictures: PNG files in `folder`.
@@ -163,7 +164,7 @@ def write_classification_card(folder: str | os.PathLike, *, results: Mapping[str
             f"task {results.get('task')!r} leaves no classifier to write a card for; {' and '.join(MAKING)} do"
         )
     recipe, start = public(results.get("recipe") or {}), _start(results)
-    title = _title(recipe, None)
+    title, kind = _title(recipe, results.get("model_type")), KINDS[results.get("model_type", "mimae")]
     metrics, (test_sets, corruption_tables) = results.get("metrics") or {}, _robustness(results)
     return _write(
         folder,
@@ -177,7 +178,7 @@ def write_classification_card(folder: str | os.PathLike, *, results: Mapping[str
             eval_results=_classification_results(results, recipe),
         ),
         title=title,
-        making=MAKING[results["task"]],
+        making=MAKING[results["task"]].format(encoder=kind.encoder),
         is_grey=_is_grey(Path(folder)),
         crop=_crop(recipe.get("evaluation_crop_ratio")),
         **_record(folder, {**results, "start": start}, CLASSIFICATION_FACT_NAMES, recipe, pictures),

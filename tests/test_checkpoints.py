@@ -400,3 +400,16 @@ def test_a_pickle_is_never_loaded(tmp_path, disguise):
     assert not (tmp_path / "executed").exists()
     pickle.loads(payload)
     assert (tmp_path / "executed").exists(), "the payload is harmless, so the test shows nothing"
+
+
+def test_runs_that_are_older_than_a_setting_go_on_where_it_is_as_it_was_then():
+    older = {"temperature": 0.07}
+    checkpoints.refuse_other_settings(older, {**older, "crop_interpolation": "bicubic", "schedule.start": 0.0})
+    with pytest.raises(ValueError, match="crop_interpolation: bicubic then, bilinear now"):
+        checkpoints.refuse_other_settings(older, {**older, "crop_interpolation": "bilinear"})
+
+
+def test_of_a_run_of_another_model_no_more_is_said_than_that():
+    with pytest.raises(ValueError, match=r"trains a 'mimae', these flags a 'misimmim'.*--config") as error:
+        checkpoints.refuse_other_settings({"hidden_size": 32}, {"model_type": "misimmim", "embed_dim": 16})
+    assert "embed_dim" not in str(error.value)

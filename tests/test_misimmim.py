@@ -643,3 +643,8 @@ def test_images_with_other_channels_are_refused():
     for call in (model, model.encode):
         with pytest.raises(ValueError, match="channel"):
             call(torch.randn(2, 1, 16, 16))
+
+
+def test_views_need_a_mask_token():
+    with pytest.raises(ValueError, match="use_mask_token=True"):
+        MISimMIMModel(MISimMIMConfig(**TINY_SWIN)).forward_masked(torch.randn(2, 3, 16, 16))

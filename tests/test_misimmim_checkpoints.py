@@ -237,3 +237,11 @@ def test_warm_start_takes_overrides_of_the_recipe(tmp_path, stock):
     assert (model.config.image_size, model.config.layer_norm_eps, model.config.num_masks) == (128, 1e-6, 4)
     assert model.swin.layernorm.eps == 1e-6
     assert model(torch.randn(2, 3, 128, 128)).logits.shape == (2, 4, 16, 32 * 32 * 3)
+
+
+def test_a_new_approximator_is_in_float32_whatever_the_encoders_precision(tmp_path):
+    sizes = {"image_size": 64, "window_size": 2, "embed_dim": 8, "depths": [1] * 4, "num_heads": [1] * 4}
+    SwinForMaskedImageModeling(SwinConfig(**sizes)).to(torch.bfloat16).save_pretrained(tmp_path)
+    model = MISimMIMForPreTraining.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert {p.dtype for p in model.approximator.parameters()} == {torch.float32}
+    assert {p.dtype for p in model.swin.parameters()} == {torch.bfloat16}

@@ -14,6 +14,7 @@ from mimae.configuration_misimmim import MISimMIMConfig
 from mimae.modeling_misimmim import MISimMIMForImageClassification
 from mimae.training.optimization import (
     WarmupCosine,
+    WarmupMultiStep,
     build_adamw,
     build_finetuning_adamw,
     clip_gradients,
@@ -252,3 +253,11 @@ def test_the_first_step_of_a_scaled_group_is_scaled():
     }.items():
         step = before[name] - dict(model.named_parameters())[name].detach()
         torch.testing.assert_close(step, torch.full_like(step, expected), rtol=1e-3, atol=0)
+
+
+def test_milestones_that_never_come_are_told(caplog):
+    common = {"peak": 1.0, "warmup_steps": 2, "total_steps": 10, "gamma": 0.1}
+    assert [WarmupMultiStep(**common, milestones=(4, 8))(step) for step in (3, 4, 8)] == pytest.approx([1, 0.1, 0.01])
+    assert not caplog.records
+    WarmupMultiStep(**common, milestones=(1, 4, 10))
+    assert "[1, 10]" in caplog.text

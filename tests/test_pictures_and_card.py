@@ -357,7 +357,7 @@ def test_a_classifiers_card_gives_its_figures(tmp_path):
         "| **mean** | 37.5 % |",
         "| **mCE (AlexNet: 100)** | 49.5 |",
         "![confusion](confusion.png)",
-        "- The run did not record: held-out images, commit of the code.",
+        "- The run did not record: model, held-out images, commit of the code.",
     ):
         assert line in card.splitlines(), line
     assert card.count("mCE") == 2  # in the table of ImageNet-C and in its model-index, not in that of other images
@@ -389,7 +389,7 @@ def test_a_classifiers_card_says_what_was_not_measured(tmp_path):
     card = write_classification_card(tmp_path, results={"task": "linear_probe"}, pictures=[]).read_text()
     assert "a linear classifier on the frozen features" in card
     assert "- Robustness: how the model fares" in card
-    assert "did not record: starting point, data, held-out images, seed, hardware, commit of the code, v" in card
+    assert "did not record: model, starting point, data, held-out images, seed, hardware, commit" in card
     assert "%" not in card
     assert "model-index" not in card
 

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedConfig
 
 from mimae.data.arguments import DataArguments
-from mimae.run_mim_pretrain import RECIPES, build_schedule
+from mimae.run_mim_pretrain import RECIPES, build_schedule, main
 from mimae.training.arguments import (
     ModelArguments,
     PretrainingArguments,
@@ -234,3 +234,25 @@ def test_a_recipe_that_is_not_there_or_no_mapping_is_refused(tmp_path):
         parse("--config", str(tmp_path / "nowhere.yaml"))
     with pytest.raises(RecipeError, match="mapping"):
         parse(recipe=write(tmp_path, "- seed\n"))
+
+
+def test_lists_are_written_with_spaces_or_brackets():
+    for flags in (["--depths", "2", "6"], ["--depths", "[2, 6]"]):
+        assert parse("--model_type", "misimmim", *flags)[1]["depths"] == [2, 6]
+    assert parse("--image_size", "32")[1]["image_size"] == 32
+    assert parse("--image_size", "32", "64")[1]["image_size"] == [32, 64]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--window_size", "7"], "window_size: of model_type misimmim, but the model is a 'mimae'"),
+        (["--model_type", "misimmim", "--hidden_size", "64"], "hidden_size: of model_type mimae"),
+        (["--preset", "swin-tiny"], "preset 'swin-tiny' is of model_type 'misimmim'"),
+        (["--model_type", "misimmin"], "'misimmin' is not known; there are mimae, misimmim"),
+    ],
+)
+def test_what_belongs_to_the_other_model_is_refused_before_anything_is_written(tmp_path, flags, words):
+    with pytest.raises(RecipeError, match=words):
+        main([*flags, "--output_dir", str(tmp_path / "run"), "--use_cpu"])
+    assert not (tmp_path / "run").exists()

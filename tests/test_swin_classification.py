@@ -215,8 +215,12 @@ def test_larger_images_alone_change_no_weight_and_padding_is_told(pretrained, tm
     ("values", "error", "message"),
     [
         ({"feature_pooling": "cls"}, RecipeError, r"feature_pooling='cls': misimmim has mean alone"),
-        ({"classifier_pooling": "cls"}, RecipeError, r"classifier_pooling: no field of model_type 'misimmim'"),
-        ({"hidden_size": 32}, RecipeError, r"hidden_size: no field of model_type 'misimmim'"),
+        (
+            {"classifier_pooling": "cls"},
+            RecipeError,
+            r"classifier_pooling: of model_type mimae, but the model is a 'misimmim'",
+        ),
+        ({"hidden_size": 32}, RecipeError, r"hidden_size: of model_type mimae, but the model is a 'misimmim'"),
         ({"model_type": "mimae"}, RecipeError, r"model_type='mimae', but .* is a 'misimmim' model"),
         ({"model_type": "bert"}, RecipeError, r"model_type='bert' is not known"),
         ({"preset": "swin-tiny"}, RecipeError, r"leave --preset out"),
@@ -232,7 +236,7 @@ def test_what_does_not_suit_the_checkpoint_is_refused_by_name(values, error, mes
 
 def test_a_vit_is_not_told_to_be_a_swin_nor_given_its_windows(tmp_path):
     assert pretrain(tmp_path / "vit", max_train_steps=1, probe_samples=0) == 0
-    with pytest.raises(RecipeError, match=r"window_size: no field of model_type 'mimae'"):
+    with pytest.raises(RecipeError, match=r"window_size: of model_type misimmim, but the model is a 'mimae'"):
         run("knn", tmp_path / "run", model_name_or_path=tmp_path / "vit", window_size=7)
     with pytest.raises(RecipeError, match=r"is a 'mimae' model"):
         run("knn", tmp_path / "run", model_name_or_path=tmp_path / "vit", model_type="misimmim")

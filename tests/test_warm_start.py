@@ -111,7 +111,7 @@ def test_a_checkpoint_that_lacks_a_part_of_the_encoder_is_refused(tmp_path):
     # of a classifier on averaged patches the encoder's last norm is gone
     MIMAEForImageClassification(MIMAEConfig(**TINY)).save_pretrained(tmp_path)
     checkpoint = Checkpoint(str(tmp_path))
-    with pytest.raises(UnfitCheckpointError, match=r"lacks 2 weights.*layernorm"):
+    with pytest.raises(UnfitCheckpointError, match=r"lacks some weights.*layernorm.*averaged patches"):
         checkpoint.load(MIMAEForImageClassification, checkpoint.config({"classifier_pooling": "cls"}))
 
 
@@ -127,7 +127,7 @@ def test_the_stock_vits_classifier_is_taken_for_what_it_is(tmp_path):
 
 def test_a_head_that_must_be_there_is_missed(tmp_path):
     checkpoint, _ = saved(tmp_path, "mimae")
-    with pytest.raises(UnfitCheckpointError, match=r"lacks 4 weights.*classifier"):
+    with pytest.raises(UnfitCheckpointError, match=r"lacks some weights.*classifier"):
         checkpoint.load(MIMAEForImageClassification, checkpoint.config({}), with_head=True)
 
 

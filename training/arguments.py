@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args, get_origin
 
 import yaml
 from transformers import HfArgumentParser, PreTrainedConfig
@@ -190,9 +190,9 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
 
 
 def config_fields(config_class: type[PreTrainedConfig]) -> list[str]:
-    """The model configuration's own fields, without those that every transformers configuration has."""
+    """The model configuration's own public fields, without those that every transformers configuration has."""
     common = {f.name for f in dataclasses.fields(PreTrainedConfig)}
-    return [f.name for f in dataclasses.fields(config_class) if f.name not in common]
+    return [f.name for f in dataclasses.fields(config_class) if f.name not in common and not f.name.startswith("_")]
 
 
 def parse_arguments(
@@ -217,19 +217,15 @@ def parse_arguments(
     """
     parser = HfArgumentParser(groups, description=description, allow_abbrev=False)
     parser.add_argument("--config", type=Path, default=default_recipe, help="A recipe: YAML of these flags' values.")
-    fields: set[str] = set()
-    for config_class in config_classes:
-        own = [name for name in config_fields(config_class) if name not in fields]
-        model_group = parser.add_argument_group("model configuration", f"Fields of {config_class.__name__}.")
-        for name in own:
-            model_group.add_argument(f"--{name}", type=_parse_value, default=argparse.SUPPRESS)
-        fields.update(own)
+    fields = _add_model_flags(parser, config_classes)
 
     recipe_path = Path(flag_value(argv, "config") or default_recipe)
     recipe = read_recipe(recipe_path)
     check_recipe(recipe, groups, fields)
     if any(flag_value(argv, place) is not None for place in PLACES):
         recipe = {key: value for key, value in recipe.items() if key not in DATA_KEYS}
+    if flag_value(argv, "preset") is not None:
+        recipe.pop("model_name_or_path", None)
     parser.set_defaults(**{key: value for key, value in recipe.items() if key not in fields})
     *instances, rest, unknown = parser.parse_args_into_dataclasses(
         argv, return_remaining_strings=True, args_file_flag=None
@@ -238,8 +234,33 @@ def parse_arguments(
     for flag in unknown[:1]:
         name = flag.split("=")[0]  # what follows may be a token
         raise RecipeError(f"unknown flag {name!r}{_did_you_mean(name.lstrip('-'), known)}")
-    overrides = {key: value for key, value in vars(rest).items() if key in fields}
+    overrides = {key: _one_or_all(value) for key, value in vars(rest).items() if key in fields}
     return instances, {**{k: v for k, v in recipe.items() if k in fields}, **overrides}, recipe_path
+
+
+def _add_model_flags(parser: argparse.ArgumentParser, config_classes: Sequence[type[PreTrainedConfig]]) -> set[str]:
+    """Adds the fields of the models' configurations as flags, those of all models first; returns their names."""
+    fields_of = {config_class: config_fields(config_class) for config_class in config_classes}
+    shared = [name for name in fields_of[config_classes[0]] if all(name in own for own in fields_of.values())]
+    names = " and ".join(config_class.__name__ for config_class in config_classes)
+    groups = [(f"fields of {names}", config_classes, shared)]
+    for config_class, own in fields_of.items():
+        alone = [name for name in own if name not in shared]
+        groups.append((f"fields of {config_class.__name__} alone", [config_class], alone))
+    for title, owners, members in groups:
+        group = parser.add_argument_group(title)
+        types = {f.name: f.type for f in dataclasses.fields(owners[0])}
+        for name in members:
+            takes_list = any(get_origin(hint) is list for hint in (types[name], *get_args(types[name])))
+            defaults = dict.fromkeys(str(getattr(owner, name)) for owner in owners)
+            group.add_argument(
+                f"--{name}",
+                type=_parse_value,
+                nargs="+" if takes_list else None,
+                default=argparse.SUPPRESS,
+                help=f"Default: {' or '.join(defaults)}.",
+            )
+    return {name for _, _, members in groups for name in members}
 
 
 def check_recipe(recipe: dict[str, Any], groups: Sequence[type], model_fields: Collection[str]) -> None:
@@ -271,6 +292,11 @@ def flag_value(argv: Sequence[str] | None, name: str) -> str | None:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument(f"--{name}")
     return getattr(parser.parse_known_args(argv)[0], name)
+
+
+def _one_or_all(value: Any) -> Any:
+    """`--image_size 224` is a number, `--image_size 224 192` a list; so is `--depths '[2]'`."""
+    return value[0] if isinstance(value, list) and len(value) == 1 else value
 
 
 def _parse_value(text: str) -> Any:

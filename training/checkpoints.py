@@ -21,6 +21,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from ..data.words import some
+
 logger = logging.getLogger(__name__)
 
 MANIFEST_NAME = "manifest.json"
@@ -349,16 +351,32 @@ def _check_same_parameters(
         )
 
 
+# settings that older checkpoints do not name, as all runs had them then
+ONCE_FIXED = {
+    "model_type": "mimae",
+    "crop_interpolation": "bicubic",
+    "schedule.start": 0.0,
+    "drop_path_rate": 0.0,
+    "classifier_pooling": "mean",
+}
+
+
 def refuse_other_settings(saved: dict[str, Any], current: dict[str, Any]) -> None:
     """A resumed run must have the settings that its result follows from.
 
     Raises:
         ValueError: names each key that differs, with both values.
     """
+    saved, current = {**ONCE_FIXED, **saved}, {**ONCE_FIXED, **current}
+    if saved["model_type"] != current["model_type"]:
+        raise ValueError(
+            f"the checkpoint's run trains a {saved['model_type']!r}, these flags a {current['model_type']!r}: give "
+            "the run's own recipe with --config"
+        )
     missing = object()
     keys = [k for k in {**saved, **current} if saved.get(k, missing) != current.get(k, missing)]
     if keys:
-        differences = "; ".join(f"{k}: {saved.get(k, 'unset')} then, {current.get(k, 'unset')} now" for k in keys)
+        differences = some([f"{k}: {saved.get(k, 'unset')} then, {current.get(k, 'unset')} now" for k in keys])
         raise ValueError(
             f"the checkpoint's run had other settings ({differences}). Resume with the same, or start a run of its "
             "own from these weights with --model_name_or_path"

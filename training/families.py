@@ -69,18 +69,25 @@ class Family:
         return name or self.usual_pooling
 
     def check_fields(self, fields: Iterable[str]) -> None:
-        """Raises a RecipeError that names the fields which models of this kind do not have."""
+        """Raises a RecipeError that names the fields which models of this kind do not have, and those which do."""
         if foreign := sorted(set(fields) - set(config_fields(self.config_class))):
-            raise RecipeError(f"{', '.join(foreign)}: no field of model_type {self.name!r}")
+            owners = [each.name for each in FAMILIES.values() if set(foreign) <= set(config_fields(each.config_class))]
+            raise RecipeError(
+                f"{', '.join(foreign)}: of model_type {' or '.join(owners) or 'none'}, but the model is a "
+                f"{self.name!r}: leave them out, or set model_type, with a recipe for it (--config)"
+            )
 
     def build_config(self, preset: str | None, fields: Mapping[str, Any], **labels: Any) -> PreTrainedConfig:
         """The configuration of a preset's sizes, or of the class's defaults, with these fields on top.
 
         Raises:
-            RecipeError: a field that models of this kind do not have.
+            RecipeError: a field or a preset that models of this kind do not have.
             ValueError: an unknown preset, or fields that the configuration refuses.
         """
         self.check_fields(fields)
+        owners = [each.name for each in FAMILIES.values() if preset in each.config_class.presets]
+        if owners and self.name not in owners:
+            raise RecipeError(f"preset {preset!r} is of model_type {owners[0]!r}, not {self.name!r}: set model_type")
         make = self.config_class if preset is None else lambda **rest: self.config_class.preset(preset, **rest)
         return make(**fields, **labels)
 
@@ -154,6 +161,7 @@ MISIMMIM = Family(
         "encoder_stride",
         "num_channels",
         "qkv_bias",
+        "use_absolute_embeddings",
     ),
     free_fields=(
         "image_size",

@@ -69,6 +69,15 @@ class WarmupMultiStep(WarmupSchedule):
     milestones: tuple[int, ...]
     gamma: float
 
+    def __post_init__(self):
+        super().__post_init__()
+        if idle := [step for step in self.milestones if not self.warmup_steps <= step < self.total_steps]:
+            logger.warning(
+                "milestones at steps %s lie outside the %d steps after the warm-up of %d: the learning rate does not "
+                "step down there",
+                *(idle, self.total_steps - self.warmup_steps, self.warmup_steps),
+            )
+
     def after_warmup(self, step: int) -> float:
         return self.peak * self.gamma ** sum(step >= milestone for milestone in self.milestones)
 

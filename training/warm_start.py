@@ -22,6 +22,7 @@ MODEL_TYPES = tuple(name for family in FAMILIES.values() for name in family.down
 # fields of a config.json that describe the file, not the model
 FILE_FIELDS = ("architectures", "auto_map", "model_type", "transformers_version", "dtype")
 HEAD_KEYS = ("classifier.", "fc_norm.")
+LAST_NORM = ("layernorm.weight", "layernorm.bias")
 
 
 class UnfitCheckpointError(ValueError):
@@ -127,9 +128,13 @@ class Checkpoint:
             raise UnfitCheckpointError(f"the weights of {self.path} cannot be read: {error}") from error
         unfit = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
         if lacking := [key for key in unfit if with_head or not key.startswith(HEAD_KEYS)]:
+            hint = (
+                ". (A classifier on averaged patches has no last LayerNorm: take the checkpoint that it was made from)"
+                if all(key.endswith(LAST_NORM) for key in lacking)
+                else ""
+            )
             raise UnfitCheckpointError(
-                f"{self.path} lacks {len(lacking)} weights, or has them in another shape: {some(lacking)}. (A "
-                "classifier on averaged patches has no last LayerNorm: take the checkpoint that it was made from)"
+                f"{self.path} lacks some weights, or has them in another shape: {some(lacking)}{hint}"
             )
         if unfit:
             logger.info("%s has no head that fits: a new one starts from random weights", self.path)
