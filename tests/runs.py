@@ -7,11 +7,14 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
 from PIL import Image
+from references import TINY_SWIN
 from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 
@@ -33,6 +36,8 @@ TINY_MODEL = {
     "decoder_num_attention_heads": 2,
     "decoder_intermediate_size": 32,
 }
+# the same for a Swin: 16 units of a mask, 8 of them visible to each of 2
+TINY_SWIN_MODEL = {"model_type": "misimmim", **TINY_SWIN}
 # 5 steps an epoch of 1,437 digits; probes and pictures only at both ends
 SHORT_RUN = {
     "cpu_threads": 1,
@@ -43,9 +48,9 @@ SHORT_RUN = {
 }
 
 
-def flags(output_dir, **values) -> list[str]:
+def flags(output_dir, model: Mapping[str, Any] = TINY_MODEL, **values) -> list[str]:
     """The command line of a tiny, short run on a CPU, with `values` on top."""
-    values = {**TINY_MODEL, **SHORT_RUN, "evaluation_steps": 1000, "probe_samples": 64, **values}
+    values = {**model, **SHORT_RUN, "evaluation_steps": 1000, "probe_samples": 64, **values}
     argv = ["--use_cpu", "--output_dir", str(output_dir)]
     for name, value in values.items():
         argv += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]

@@ -8,11 +8,11 @@ import torch
 import yaml
 from huggingface_hub.errors import StrictDataclassError
 from references import TINY_SWIN
-from runs import pretrain
+from runs import TINY_SWIN_MODEL, pretrain
 from safetensors.torch import load_file
 from transformers import SwinConfig, SwinForImageClassification, SwinForMaskedImageModeling, SwinModel
 
-from mimae import MISimMIMForImageClassification, run_mim_pretrain
+from mimae import MISimMIMForImageClassification
 from mimae.run_image_classification import main
 from mimae.training.arguments import RecipeError
 from mimae.training.geometry import interpolate_table
@@ -61,11 +61,9 @@ def losses(folder: Path) -> list[float]:
 def pretrained(tmp_path_factory) -> Path:
     """What a pre-training of a few steps leaves."""
     folder = tmp_path_factory.mktemp("swin") / "pretrained"
-    values = {**TINY, "mask_patch_size": 4, "model_type": "misimmim", "max_train_steps": 3, "probe_samples": 0}
-    values["base_learning_rate"] = 2e-3  # enough to tell it from an untrained one
-    values = {name: value for name, value in values.items() if name != "depths"}
-    argv = recipe(folder.parent / "recipe", **values)
-    assert run_mim_pretrain.main([*argv, "--output_dir", str(folder), "--depths", "[2, 2]"]) == 0
+    # a rate that is enough to tell it from an untrained one
+    values = {"max_train_steps": 3, "probe_samples": 0, "base_learning_rate": 2e-3, "warmup_epochs": 0}
+    assert pretrain(folder, model=TINY_SWIN_MODEL, **values) == 0
     return folder
 
 

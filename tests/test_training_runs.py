@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from runs import flags, launch, metrics, pretrain, series, signal_after, weights, write_shards
+from runs import TINY_SWIN_MODEL, flags, launch, metrics, pretrain, series, signal_after, weights, write_shards
 from transformers import BertConfig
 
 from mimae import MIMAEForPreTraining
@@ -93,6 +93,21 @@ def test_a_run_stopped_by_sigterm_mid_epoch_and_resumed_equals_one_never_stopped
     assert (tmp_path / "parts" / "checkpoint-6").exists()
     assert pretrain(tmp_path / "parts", "--resume_from_checkpoint", "latest", **data) == 0
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_swin_stopped_and_resumed_beyond_its_milestone_equals_one_never_stopped(tmp_path):
+    settings = {"lr_scheduler_type": "multistep", "lr_milestone_epochs": [2], "warmup_epochs": 1, "max_grad_norm": 5}
+    settings |= {"warmup_learning_rate": 1e-5, "crop_interpolation": "bilinear", "mi_gate_threshold": 2.0}
+    assert pretrain(tmp_path / "whole", model=TINY_SWIN_MODEL, **settings) == 0
+    with signal_after(step=7):
+        assert pretrain(tmp_path / "parts", model=TINY_SWIN_MODEL, **settings) == 128 + signal.SIGTERM
+    assert pretrain(tmp_path / "parts", "--resume_from_checkpoint", "latest", model=TINY_SWIN_MODEL, **settings) == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+    rates = series(tmp_path / "parts", "learning_rate")
+    assert rates[1] == 1e-5
+    assert rates[13] == rates[11] == pytest.approx(0.1 * rates[10])
+    assert series(tmp_path / "parts", "mi_active")[13] == 1
 
 
 def test_a_killed_run_resumes_from_its_newest_valid_checkpoint_and_equals_one_never_killed(tmp_path):
