@@ -79,7 +79,7 @@ class RelativePositionBias(nn.Module):
 class RelativePositionEmbeddings(nn.Module):
     """An embedding for each vertical and for each horizontal offset, whose product with the query is the bias.
 
-    ViTDet, Sec. 3, after MViTv2 (arXiv 2112.01526), Sec. 4.1. Heads share the embeddings.
+    ViTDet, Sec. 3, after MViTv2 (arXiv 2112.01526), Sec. 4.1. Heads share the embeddings; a class token has none.
 
     Args:
         grid_size: (h, w) that the offsets are of; for another grid the embeddings are interpolated.
@@ -92,13 +92,14 @@ class RelativePositionEmbeddings(nn.Module):
 
     def forward(self, query: torch.Tensor, grid_size: tuple[int, int]) -> torch.Tensor:
         """What is added to the attention of queries (B, A, T, d): (B, A, T, T)."""
-        query = query.unflatten(2, grid_size)  # (B, A, h, w, d)
+        num_class_tokens = query.shape[2] - grid_size[0] * grid_size[1]
+        query = query[:, :, num_class_tokens:].unflatten(2, grid_size)  # (B, A, h, w, d)
         rows = self.between(self.height, grid_size[0]).to(query.dtype)  # (h, h, d)
         columns = self.between(self.width, grid_size[1]).to(query.dtype)  # (w, w, d)
         vertical = torch.einsum("bahwd,hkd->bahwk", query, rows)
         horizontal = torch.einsum("bahwd,wkd->bahwk", query, columns)
         bias = vertical.unsqueeze(-1) + horizontal.unsqueeze(-2)  # (B, A, h, w, h, w)
-        return bias.flatten(4, 5).flatten(2, 3)
+        return nn.functional.pad(bias.flatten(4, 5).flatten(2, 3), (num_class_tokens, 0, num_class_tokens, 0))
 
     def between(self, embeddings: torch.Tensor, side: int) -> torch.Tensor:
         """The embedding of each pair of positions along a side, (side, side, d)."""
