@@ -20,9 +20,10 @@ class RecipeError(ValueError):
 
 def option(default: Any, text: str) -> Any:
     """A flag with its default and its help."""
+    metadata = {"help": text.replace("%", "%%")}  # argparse fills in what a single one names
     if isinstance(default, list):
-        return field(default_factory=default.copy, metadata={"help": text})
-    return field(default=default, metadata={"help": text})
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 @dataclass
@@ -86,8 +87,6 @@ class RunArguments:
     image_std: list[float] | None = option(
         None, "Per channel, in 0..1; default: the checkpoint's, else ImageNet's for 3 channels, else 0.5."
     )
-    evaluation_crop_ratio: float = option(0.875, "Images are tested resized to size / ratio and cropped; 1: whole.")
-
     mixed_precision: Literal["no", "fp16", "bf16"] | None = option(None, "Default: accelerate's.")
     torch_compile: bool = option(False, "Compile the model; pays on a GPU.")
     use_cpu: bool = option(False, "Train on the CPU even if there is a GPU.")
@@ -108,7 +107,7 @@ class RunArguments:
         self._check("at least 1", lambda value: value >= 1, *self.AT_LEAST_1)
         self._check("positive", lambda value: value > 0, *self.POSITIVE)
         self._check("0 or more", lambda value: value >= 0, *self.NOT_NEGATIVE)
-        self._check("above 0 and at most 1", lambda value: 0 < value <= 1, "evaluation_crop_ratio")
+        self._check("above 0 and at most 1", lambda value: 0 < value <= 1, *self.FRACTIONS)
         self._check("at least 2", lambda value: value >= 2, "checkpoints_total_limit")
 
     def _check(self, words: str, holds: Callable[[float], bool], *names: str) -> None:
@@ -129,10 +128,20 @@ class RunArguments:
     )
     POSITIVE: ClassVar = ("checkpointing_epochs", "evaluation_epochs", "max_grad_norm")
     NOT_NEGATIVE: ClassVar = ("weight_decay", "warmup_learning_rate")
+    FRACTIONS: ClassVar = ()
 
 
 @dataclass
-class PretrainingArguments(RunArguments):
+class CropArguments(RunArguments):
+    """What every script has that tests on whole images of one size."""
+
+    evaluation_crop_ratio: float = option(0.875, "Images are tested resized to size / ratio and cropped; 1: whole.")
+
+    FRACTIONS: ClassVar = (*RunArguments.FRACTIONS, "evaluation_crop_ratio")
+
+
+@dataclass
+class PretrainingArguments(CropArguments):
     """Optimisation (Sec. 5.1 and the official MAE's recipe), and the probe that watches it."""
 
     num_train_epochs: float = option(200.0, "Passes over the images.")
