@@ -64,6 +64,8 @@ class DownstreamRun(ABC):
         ValueError and its kin: a checkpoint that cannot be used, or that lies in `output_dir`.
     """
 
+    # whether the model is built on a backbone
+    IS_DENSE: ClassVar[bool] = False
     # flags that a training's result follows from
     SETTINGS: ClassVar[tuple[str, ...]] = (
         "seed",
@@ -94,7 +96,11 @@ class DownstreamRun(ABC):
         if path is not None and output_dir.resolve() in (Path(path).resolve(), *Path(path).resolve().parents):
             raise ValueError(f"--output_dir {output_dir} holds the model that the run starts from: take another")
         self.start = StartingModel(
-            path, model_type=model_args.model_type, preset=model_args.preset, fields=model_fields
+            path,
+            model_type=model_args.model_type,
+            preset=model_args.preset,
+            fields=model_fields,
+            is_dense=self.IS_DENSE,
         )
         self.family = self.start.family
         config = self.start.config()
