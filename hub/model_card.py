@@ -71,7 +71,7 @@ MAKING = {
     "finetune": "a {encoder} and a linear head, trained together",
     "linear_probe": "a linear classifier on the frozen features of a {encoder}",
 }
-CLASSIFICATION_FACT_NAMES = {
+DOWNSTREAM_FACT_NAMES = {
     "model_type": "Model",
     "start": "Starting point",
     "dataset": "Data",
@@ -80,6 +80,46 @@ CLASSIFICATION_FACT_NAMES = {
     "hardware": "Hardware",
     "commit": "Commit of the code",
     "versions": "Versions",
+}
+
+
+@dataclass(frozen=True)
+class DenseTask:
+    """What a card says of a model for segmentation or detection.
+
+    making: what it is, around its encoder.
+    model_import: the line that gives its class, after `import mimae`.
+    model_class: that class.
+    output: a line of Python on the model's output.
+    pipeline_tag: the Hub's name of the task.
+    metrics: that every such run measures, with their names; other ones follow by their own.
+    """
+
+    making: str
+    model_import: str
+    model_class: str
+    output: str
+    pipeline_tag: str
+    metrics: Mapping[str, str]
+
+
+DENSE_TASKS = {
+    "segmentation": DenseTask(
+        "UperNet on a {encoder}, trained together: a class for each pixel",
+        "from transformers import UperNetForSemanticSegmentation",
+        "UperNetForSemanticSegmentation",
+        "classes = model(pixel_values).logits.argmax(dim=1)  # (1, h, w), indices into model.config.id2label",
+        "image-segmentation",
+        {"mean_iou": "mIoU", "mean_accuracy": "mAcc", "overall_accuracy": "aAcc"},
+    ),
+    "detection": DenseTask(
+        "Mask R-CNN on a {encoder}, trained together: boxes, classes and masks of objects",
+        "from mimae.dense import MaskRCNNForInstanceSegmentation",
+        "MaskRCNNForInstanceSegmentation",
+        "objects = model(pixel_values).detections[0]  # boxes, scores, labels and masks, in pixels of pixel_values",
+        "object-detection",
+        {"box_ap": "box AP", "mask_ap": "mask AP"},
+    ),
 }
 METRIC_NAMES = {"accuracy": "top-1 accuracy", "top5_accuracy": "top-5 accuracy", "loss": "loss"}
 MCE_NAME = "mCE (AlexNet: 100)"
@@ -181,13 +221,53 @@ def write_classification_card(folder: str | os.PathLike, *, results: Mapping[str
         making=MAKING[results["task"]].format(encoder=kind.encoder),
         is_grey=_is_grey(Path(folder)),
         crop=_crop(recipe.get("evaluation_crop_ratio")),
-        **_record(folder, {**results, "start": start}, CLASSIFICATION_FACT_NAMES, recipe, pictures),
+        **_record(folder, {**results, "start": start}, DOWNSTREAM_FACT_NAMES, recipe, pictures),
         metrics=[(METRIC_NAMES.get(key, key), _figure(key, metrics.get(key))) for key in {**METRIC_NAMES, **metrics}],
         test_sets=[
             (TEST_SET_NAMES.get(key, key), _percent(found.get("accuracy")), _percent(found.get("top5_accuracy")))
             for key, found in test_sets.items()
         ],
         corruption_tables=[(TEST_SET_NAMES[key], _corruptions(table)) for key, table in corruption_tables.items()],
+    )
+
+
+def write_dense_card(folder: str | os.PathLike, *, results: Mapping[str, Any], pictures: list[str]) -> Path:
+    """Write `folder/README.md` for a model of segmentation or detection. What `results` lacks is not measured.
+
+    Args:
+        folder: the model's folder.
+        results: `results.json` of a run: `task` ("segmentation" or "detection"), and, all optional, `metrics`
+            (fractions by name), and what `write_classification_card` takes beside its own metrics.
+        pictures: PNG files in `folder`.
+
+    Returns:
+        The card's path.
+
+    Raises:
+        ValueError: another task, or a picture that lies outside `folder`.
+    """
+    if results.get("task") not in DENSE_TASKS:
+        raise ValueError(f"task {results.get('task')!r} is not dense; {' and '.join(DENSE_TASKS)} are")
+    task, metrics = DENSE_TASKS[results["task"]], results.get("metrics") or {}
+    recipe, start = public(results.get("recipe") or {}), _start(results)
+    title, kind = _title(recipe, results.get("model_type")), KINDS[results.get("model_type", "mimae")]
+    figures = [(key, task.metrics.get(key, key.replace("_", " ")), metrics.get(key)) for key in task.metrics | metrics]
+    return _write(
+        folder,
+        "dense.md",
+        _card_data(
+            title,
+            task.pipeline_tag,
+            [results["task"]],
+            datasets=_hub_names(recipe.get("dataset_name")),
+            base_model=_hub_names(start),
+            eval_results=_eval_results(_own_data(results, recipe), figures, task.pipeline_tag),
+        ),
+        title=title,
+        making=task.making.format(encoder=kind.encoder),
+        task=task,
+        **_record(folder, {**results, "start": start}, DOWNSTREAM_FACT_NAMES, recipe, pictures),
+        metrics=[(name, _percent(value)) for _, name, value in figures],
     )
 
 
@@ -296,11 +376,13 @@ def _own_data(values: Mapping[str, Any], recipe: Mapping[str, Any]) -> dict[str,
     return {"dataset_name": name, "dataset_type": hub_names[0] if hub_names else re.sub(r"[^\w/.-]+", "-", name)}
 
 
-def _eval_results(data: dict[str, str], figures: list[tuple[str, str, float | None]]) -> list[EvalResult]:
+def _eval_results(
+    data: dict[str, str], figures: list[tuple[str, str, float | None]], task_type: str = "image-classification"
+) -> list[EvalResult]:
     """Entries of a model-index from (metric, its name in words, value); what was not measured is left out."""
     return [
         EvalResult(
-            task_type="image-classification",
+            task_type=task_type,
             metric_type=metric,
             metric_name=name,
             metric_value=round(value, 4),

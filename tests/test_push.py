@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from dense_helpers import save_segmenter
 from loopback_hub import HANG_UP, Account, LoopbackHub, card_errors
 from PIL import Image
 from references import TINY, TINY_SWIN
@@ -23,7 +24,7 @@ from mimae import (
     MISimMIMForImageClassification,
     MISimMIMForPreTraining,
 )
-from mimae.hub.model_card import write_classification_card, write_model_card
+from mimae.hub.model_card import write_classification_card, write_dense_card, write_model_card
 
 WRITE, READ, UNKNOWN = (f"hf_{name * 6}" for name in ("Writer", "Reader", "Nobody"))
 FAST = [0.01, 0.01]  # waits: two further attempts
@@ -477,6 +478,21 @@ def test_a_model_without_a_stock_encoder_goes_without_it_and_says_so(client, hub
     assert report["note"].startswith("no backbone: ")
     assert (report["error"], report["backbone_url"]) == (None, None)
     assert "someone/alone-backbone" not in hub.repositories
+
+
+def test_a_dense_model_is_pushed_with_its_card_and_no_encoder_beside_it(client, hub, tmp_path):
+    save_segmenter(tmp_path)
+    results = {"task": "segmentation", "metrics": {"mean_iou": 0.5}}
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    write_dense_card(tmp_path, results=results, pictures=[])
+    report = client.push(tmp_path, "someone/segmenter", backbone="repo")
+    assert (report["error"], report["backbone_url"]) == (None, None)
+    assert report["note"].startswith("no backbone: ")
+    files = hub.files("someone/segmenter")
+    assert files.keys() - {".gitattributes"} == MODEL | {"README.md", "results.json"}
+    assert 'checkpoint = "someone/segmenter"' in files["README.md"].decode()
+    assert not list(card_errors(files["README.md"].decode()))
+    assert "someone/segmenter-backbone" not in hub.repositories
 
 
 def test_an_encoder_that_does_not_get_through_leaves_the_model_there(client, hub, run):

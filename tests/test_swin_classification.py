@@ -234,7 +234,7 @@ def test_what_does_not_suit_the_checkpoint_is_refused_by_name(values, error, mes
 
 def test_a_vit_is_not_told_to_be_a_swin_nor_given_its_windows(tmp_path):
     assert pretrain(tmp_path / "vit", max_train_steps=1, probe_samples=0) == 0
-    with pytest.raises(RecipeError, match=r"window_size: of model_type misimmim, but the model is a 'mimae'"):
+    with pytest.raises(RecipeError, match=r"window_size: of a 'mimae' for segmentation and detection alone"):
         run("knn", tmp_path / "run", model_name_or_path=tmp_path / "vit", window_size=7)
     with pytest.raises(RecipeError, match=r"is a 'mimae' model"):
         run("knn", tmp_path / "run", model_name_or_path=tmp_path / "vit", model_type="misimmim")

@@ -9,12 +9,10 @@ import numpy as np
 from ..evaluation.pictures import MOST_CLASSES, save_confusion_matrix, save_feature_map
 from ..evaluation.robustness import corruption_markdown
 from ..hub.model_card import write_classification_card
-from .checkpoints import write_json
 from .curves import CLASSIFICATION_PANELS, save_curves
 from .metrics_log import METRICS_FILE
-from .results import package_versions, source_commit
+from .results import RESULTS_FILE, framed, write_record
 
-RESULTS_FILE = "results.json"
 PICTURES = ("curves.png", "confusion_matrix.png", "features.png")
 CORRUPTION_TABLES = ("imagenet_c", "corruptions")
 
@@ -44,15 +42,9 @@ def write_classification_results(
     Returns:
         The results in words.
     """
-    results = {
-        **facts,
-        "test_images": test_images,
-        "metrics": metrics,
-        "robustness": robustness or {},
-        "commit": source_commit(),
-        "versions": package_versions(),
-    }
-    write_json(output_dir / RESULTS_FILE, results)
+    results = write_record(
+        output_dir, {**facts, "test_images": test_images, "metrics": metrics, "robustness": robustness or {}}
+    )
     if predictions is not None and len(label_names) <= MOST_CLASSES:
         save_confusion_matrix(*predictions, label_names, output_dir / "confusion_matrix.png")
     if features is not None:
@@ -75,5 +67,4 @@ def describe(results: Mapping[str, Any], output_dir: Path, pictures: Sequence[st
         else:
             rows.append(f"{name:24} {found['accuracy']:.4g}")
     rows.append(f"results in {output_dir}: {', '.join([RESULTS_FILE, *pictures])}")
-    width = max(map(len, rows))
-    return "\n".join(["", "=" * width, *rows, "=" * width])
+    return framed(rows)

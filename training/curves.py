@@ -28,7 +28,30 @@ CLASSIFICATION_PANELS: Panels = (
     ("Accuracy on held-out images", {"eval_accuracy": "top 1", "eval_top5_accuracy": "top 5"}),
     ("Learning rate", {"learning_rate": ""}),
 )
-COLORS = ("#2f5d8a", "#c8702a")
+SEGMENTATION_PANELS: Panels = (
+    ("Loss, of both heads", {"loss": ""}),
+    (
+        "On held-out images",
+        {"eval_mean_iou": "mIoU", "eval_mean_accuracy": "mAcc", "eval_overall_accuracy": "aAcc"},
+    ),
+    ("Learning rate", {"learning_rate": ""}),
+)
+DETECTION_PANELS: Panels = (
+    ("Loss", {"loss": ""}),
+    (
+        "Parts of the loss",
+        {
+            "rpn_objectness_loss": "proposals: object",
+            "rpn_box_loss": "proposals: box",
+            "box_class_loss": "class",
+            "box_regression_loss": "box",
+            "mask_loss": "mask",
+        },
+    ),
+    ("Average precision on held-out images", {"eval_box_ap": "box", "eval_mask_ap": "mask"}),
+    ("Learning rate", {"learning_rate": ""}),
+)
+COLORS = ("#2f5d8a", "#c8702a", "#4c8c4a", "#8a5a9e", "#7a7a2e")
 FAINT = "#8a8a8a"
 
 Series = dict[str, dict[int, float]]

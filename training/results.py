@@ -3,6 +3,7 @@
 import platform
 import shutil
 import subprocess
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,11 @@ from typing import Any
 import torch
 
 from ..hub.model_card import write_model_card
+from .checkpoints import write_json
 from .curves import save_curves
 from .jsonl import read_jsonl
 
+RESULTS_FILE = "results.json"
 LOSSES = ("reconstruction_loss", "mi_max_loss", "mi_min_loss", "approximation_loss", "objective")
 PROBES = ("knn_accuracy", "linear_accuracy")
 PACKAGES = ("torch", "torchvision", "transformers", "accelerate", "datasets")
@@ -38,6 +41,13 @@ def source_commit() -> str | None:
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     result = subprocess.run(command, capture_output=True, text=True)
     return result.stdout.strip() or None
+
+
+def write_record(output_dir: Path, results: Mapping[str, Any]) -> dict[str, Any]:
+    """Writes a downstream run's results to `results.json`, with the code that they are of, and returns both."""
+    record = {**results, "commit": source_commit(), "versions": package_versions()}
+    write_json(output_dir / RESULTS_FILE, record)
+    return record
 
 
 def write_results(output_dir: Path, *, recipe: dict[str, Any], summary: dict[str, Any], picture: Path | None) -> str:
@@ -92,6 +102,11 @@ def describe(summary: dict[str, Any], output_dir: Path) -> str:
         f"model     {output_dir} (README.md, config.json, model.safetensors, preprocessor_config.json)",
         f"look at   {output_dir}/reconstructions.png, {output_dir}/curves.png",
     ]
+    return framed(rows)
+
+
+def framed(rows: Sequence[str]) -> str:
+    """Lines for the terminal, set off from the log above them."""
     width = max(map(len, rows))
     return "\n".join(["", "=" * width, *rows, "=" * width])
 

@@ -19,6 +19,8 @@ RUN_FILES = (
     "results.json",
     "confusion_matrix.png",
     "features.png",
+    "segmentations.png",
+    "detections.png",
 )
 RUN_FOLDERS = ("reconstructions", "tensorboard", "runs")
 
