@@ -64,7 +64,7 @@ class MaskRCNNConfig(PreTrainedConfig):
         anchor_aspect_ratios: height / width.
         rpn_batch_size_per_image, box_batch_size_per_image: anchors and proposals drawn for the losses.
         rpn_nms_threshold, box_nms_threshold: IoU from which on the less likely of two boxes goes.
-        rpn_pre_nms_top_n, rpn_post_nms_top_n: proposals kept of a level, and of an image, (in training, in evaluation).
+        rpn_pre_nms_top_n, rpn_post_nms_top_n: proposals kept of a level, and of an image: (training, evaluation).
         box_score_threshold: what a detection must have at least.
         detections_per_image: at most so many.
 
@@ -116,7 +116,7 @@ class MaskRCNNConfig(PreTrainedConfig):
         patch_size = self.backbone_config.patch_size
         if patch_size < 4 or patch_size.bit_count() > 1:
             raise ValueError(
-                f"patch_size={patch_size} must be a power of 2, 4 at least: a level has 1/4 of its stride"
+                f"patch_size={patch_size} must be a power of 2, 4 at least: the finest level has 1/4 of it"
             )
         if self.backbone_config.add_fpn or len(self.backbone_config.out_indices) != 1:
             raise ValueError(
@@ -161,7 +161,7 @@ class ProposalHead(RPNHead):
     """
 
     def forward(self, x: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Maps (B, F, ·, ·) → logits (B, A, ·, ·) and boxes (B, 4A, ·, ·) of the A anchors of a place, for each map."""
+        """Maps (B, F, ·, ·) → logits (B, A, ·, ·) and boxes (B, 4A, ·, ·) of the A anchors of a place."""
         logits, boxes = super().forward(x)
         return [each.float() for each in logits], [each.float() for each in boxes]
 
@@ -350,7 +350,7 @@ def check_labels(
             raise ValueError(f"image {index} of the batch: a box without area, or with a side that is not finite")
         if classes.min() < 0 or classes.max() >= num_labels:
             raise ValueError(
-                f"image {index} of the batch: a label outside of 0 … {num_labels - 1}; is id2label of another data set?"
+                f"image {index} of the batch: a label outside 0 … {num_labels - 1}: id2label is of other classes"
             )
 
 
