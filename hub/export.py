@@ -2,7 +2,7 @@
 
     vit         a folder with a stock ViTModel, or ViTForImageClassification, that transformers loads by itself
     swin        of a Swin, the same: a stock SwinModel, or SwinForImageClassification
-    timm        OUT.safetensors or OUT.pth for `timm.create_model(…, checkpoint_path=OUT)`, or a folder as on timm's Hub
+    timm        OUT.safetensors or OUT.pth for `timm.create_model(…, checkpoint_path=OUT)`, or a folder as its Hub has
     mae         OUT.pth with the names of the official MAE, which ViTDet and mmsegmentation read
     detectron2  OUT.pth with the encoder under the names of detectron2's ViTDet, to start a detector there
     mimae       a folder of this project, from whatever CHECKPOINT is
