@@ -5,10 +5,11 @@ K = 3 classes, images of 64 x 64 pixels, levels at strides of 2 to 32.
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from torchvision import tv_tensors
 from torchvision.models.detection import MaskRCNN
-from torchvision.ops import MultiScaleRoIAlign
+from torchvision.ops import MultiScaleRoIAlign, box_iou
 from transformers import AutoConfig, AutoModel
 
 from mimae import MIMAEBackbone, MIMAEConfig
@@ -77,7 +78,7 @@ class Maps(nn.Module):
 
 
 def torchvisions(model):
-    """torchvision's own MaskRCNN of the same layers, the crops inferred by its own rule."""
+    """torchvision's own MaskRCNN of the same layers; the strides of its crops are inferred by its own rule."""
     heads = model.roi_heads
     names = ["0", "1", "2", "3"]
     return MaskRCNN(
@@ -93,6 +94,8 @@ def torchvisions(model):
         box_head=heads.box_head,
         box_predictor=heads.box_predictor,
         box_score_thresh=0.0,
+        rpn_batch_size_per_image=model.config.rpn_batch_size_per_image,
+        box_batch_size_per_image=model.config.box_batch_size_per_image,
         mask_roi_pool=MultiScaleRoIAlign(names, 14, sampling_ratio=0),
         mask_head=heads.mask_head,
         mask_predictor=heads.mask_predictor,
@@ -100,13 +103,12 @@ def torchvisions(model):
 
 
 def test_losses_are_those_of_torchvisions_mask_rcnn_with_the_background_as_class_0():
-    model = build().train()
+    # so many that all anchors and proposals count: which ones are drawn does not matter
+    model = build(rpn_batch_size_per_image=20_000, box_batch_size_per_image=20_000).train()
     images = pictures(*TWO)
     targets = [{name: each[name].as_subclass(torch.Tensor) for name in each} for each in TWO]
     targets = [{**each, "labels": each["labels"] + 1} for each in targets]
-    torch.manual_seed(1)
     output = model(images, TWO)
-    torch.manual_seed(1)  # anchors and proposals are drawn
     expected = torchvisions(model).train()(list(images), targets)
     names = ("loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg", "loss_mask")
     for ours, theirs in zip(LOSSES, names, strict=True):
@@ -130,10 +132,10 @@ def test_detections_are_those_of_torchvisions_mask_rcnn_but_for_the_labels_and_u
 
 
 def test_it_learns_to_find_the_objects_of_one_batch():
-    model = build().train()
+    model = build(box_batch_size_per_image=64, rpn_post_nms_top_n=[150, 150]).train()
     images = pictures(*TWO)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    for _ in range(60):
+    for _ in range(80):
         optimizer.zero_grad()
         model(images, TWO).loss.backward()
         optimizer.step()
@@ -141,11 +143,11 @@ def test_it_learns_to_find_the_objects_of_one_batch():
     with torch.no_grad():
         detections = model(images).detections
     for found, label in zip(detections, TWO, strict=True):
-        best = [int((found["boxes"] - box).abs().sum(1).argmin()) for box in label["boxes"].as_subclass(torch.Tensor)]
-        torch.testing.assert_close(found["boxes"][best], label["boxes"].as_subclass(torch.Tensor), atol=4, rtol=0)
+        overlap, best = box_iou(label["boxes"].as_subclass(torch.Tensor), found["boxes"][:5]).max(1)
+        assert (overlap > 0.6).all()
         assert torch.equal(found["labels"][best], label["labels"])
         assert (found["scores"][best] > 0.5).all()
-        assert (found["masks"][best].mean((1, 2, 3)) > 0.8).all()  # the whole box
+        assert (found["masks"][best].mean((1, 2, 3)) > 0.8).all()  # the object fills its box
 
 
 @pytest.mark.parametrize("labels", [(objects(), objects()), (TWO[0], objects())], ids=["none", "one"])
@@ -165,7 +167,6 @@ def test_every_part_learns_from_a_batch_with_objects():
     model = build().train()
     model(pictures(*TWO), TWO).loss.backward()
     still = {name for name, each in model.named_parameters() if each.requires_grad and not each.grad.any()}
-    # softmax does not see what is added to all keys; windows have no class token, whose position stands still
     assert still == set()
 
 
@@ -221,7 +222,8 @@ def test_a_saved_model_is_found_by_its_type_and_detects_the_same(tmp_path):
     again = AutoModel.from_pretrained(tmp_path).eval()
     assert type(again) is MaskRCNNForInstanceSegmentation
     assert again.config.id2label == CLASSES
-    assert again.config.backbone_config.to_dict() == model.config.backbone_config.to_dict()
+    fields = model.config.backbone_config.to_diff_dict()
+    assert again.config.backbone_config.to_diff_dict() == {**fields, "dtype": "float32"}
     images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         for ours, theirs in zip(again(images).detections, model(images).detections, strict=True):
@@ -323,7 +325,7 @@ def test_images_that_the_coarsest_map_does_not_divide_are_refused():
     [({"patch_size": 6, "image_size": 96}, "power of 2"), ({"out_indices": [1, 2]}, "one map alone")],
 )
 def test_an_encoder_that_no_pyramid_can_stand_on_is_refused(fields, reason):
-    with pytest.raises(ValueError, match=reason):
+    with pytest.raises(StrictDataclassError, match=reason):
         build_mask_rcnn(MIMAEBackbone(MIMAEConfig(**{**ENCODER, **fields})), id2label=CLASSES)
 
 
