@@ -263,10 +263,10 @@ def _parse(path: str | os.PathLike) -> dict[str, Any]:
 def _by_id(content: dict[str, Any], section: str, path: str | os.PathLike) -> dict[int, dict[str, Any]]:
     entries: dict[int, dict[str, Any]] = {}
     for position, entry in enumerate(content[section]):
-        missing = [key for key in REQUIRED_KEYS[section] if key not in entry]
+        missing = [key for key in REQUIRED_KEYS[section] if not isinstance(entry, dict) or key not in entry]
         if missing:
             hint = ": boxes alone will not do, Mask R-CNN learns from masks" if missing == ["segmentation"] else ""
-            name = f"id {entry['id']}" if "id" in entry else f"position {position}"
+            name = f"position {position}" if "id" in missing else f"id {entry['id']}"
             raise ValueError(f"{path}: the entry of {section!r} with {name} lacks {some(missing)}{hint}")
         if type(entry["id"]) is not int:
             raise ValueError(f"{path}: the id {entry['id']!r} in {section!r} is not a whole number")

@@ -97,11 +97,10 @@ def _jitter(
     scale = torch.empty(()).uniform_(*scale_range).item()
     height, width = _fitting_size(image.shape[-2:], side * scale)
     tensors = [_resize(tensor, (height, width)) for tensor in tensors]
-    window = [_cut(height, side), _cut(width, side)]
-    (top, height), (left, width) = window
+    (top, height), (left, width) = _cut(height, side), _cut(width, side)
     image, cropped, masks = (F.crop(tensor, top, left, height, width) for tensor in tensors)
     boxes = _tightened(tensors[1], cropped, masks, offset=(left, top))
-    kept = ((boxes[:, 2:] - boxes[:, :2]) >= SMALLEST_BOX).all(1) & masks.any(-1).any(-1)
+    kept = ((boxes[:, 2:] - boxes[:, :2]) >= SMALLEST_BOX).all(1) & _has_pixels(masks)
     return _padded(normalization(image), side), {
         "boxes": tv_tensors.BoundingBoxes(boxes[kept], format="XYXY", canvas_size=(side, side)),
         "labels": target["labels"][kept],
@@ -142,11 +141,15 @@ def _tightened(
 ) -> torch.Tensor:
     """Boxes (n, 4) after the crop: clipped, and those that were clipped no wider than what is left of the mask."""
     boxes, cropped = boxes.as_subclass(torch.Tensor), cropped.as_subclass(torch.Tensor).clone()
-    was_cut = (cropped != boxes - torch.tensor([*offset, *offset])).any(1) & masks.any(-1).any(-1)
+    was_cut = (cropped != boxes - torch.tensor([*offset, *offset])).any(1) & _has_pixels(masks)
     tight = masks_to_boxes(masks[was_cut])  # of the first and the last pixel, whose far edge is one further
     cropped[was_cut, :2] = torch.maximum(cropped[was_cut, :2], tight[:, :2])
     cropped[was_cut, 2:] = torch.minimum(cropped[was_cut, 2:], tight[:, 2:] + 1)
     return cropped
+
+
+def _has_pixels(masks: torch.Tensor) -> torch.Tensor:
+    return masks.as_subclass(torch.Tensor).bool().flatten(1).any(1)  # (n, S, S) -> (n,)
 
 
 def _padded(tensor: torch.Tensor, side: int) -> torch.Tensor:
