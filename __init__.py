@@ -1,10 +1,11 @@
 """MI-MAE: masked-image pre-training with mask-invariant mutual information."""
 
-from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, AutoModelForPreTraining
+from transformers import AutoBackbone, AutoConfig, AutoModel, AutoModelForImageClassification, AutoModelForPreTraining
 
 from .configuration_mimae import MIMAEConfig
 from .configuration_misimmim import MISimMIMConfig
 from .modeling_mimae import MIMAEForImageClassification, MIMAEForPreTraining, MIMAEModel
+from .modeling_mimae_backbone import MIMAEBackbone
 from .modeling_misimmim import MISimMIMForImageClassification, MISimMIMForPreTraining, MISimMIMModel
 from .version import __version__
 
@@ -16,8 +17,10 @@ for _config, _model, _pretraining, _classification in (
     AutoModel.register(_config, _model)
     AutoModelForPreTraining.register(_config, _pretraining)
     AutoModelForImageClassification.register(_config, _classification)
+AutoBackbone.register(MIMAEConfig, MIMAEBackbone)
 
 __all__ = [
+    "MIMAEBackbone",
     "MIMAEConfig",
     "MIMAEForImageClassification",
     "MIMAEForPreTraining",

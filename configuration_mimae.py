@@ -4,6 +4,7 @@ from typing import Any, ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import ViTMAEConfig
+from transformers.backbone_utils import BackboneConfigMixin
 
 from .configuration_mim import MIMConfigMixin
 
@@ -25,8 +26,8 @@ def _vit_sizes(encoder: tuple[int, int, int], decoder: tuple[int, int, int], pat
 
 
 @strict
-class MIMAEConfig(MIMConfigMixin, ViTMAEConfig):
-    """What a `MIMAEModel` or a `MIMAEForPreTraining` is made of. Every field of `ViTMAEConfig` is one here too.
+class MIMAEConfig(BackboneConfigMixin, MIMConfigMixin, ViTMAEConfig):
+    """What a model of this project on a ViT is made of. Every field of `ViTMAEConfig` is one here too.
 
     How images are masked and what the information terms are: see `MIMConfigMixin`, whose units are patches here. With
     `num_masks=1, mi_max_weight=0, mi_min_weight=0` the model is MAE and nothing else. `norm_pix_loss` is True, other
@@ -40,6 +41,18 @@ class MIMAEConfig(MIMConfigMixin, ViTMAEConfig):
             0 in the first one. For fine-tuning; MAE pre-trains without.
         classifier_pooling: what the classifier sees: the "mean" of the patch tokens, through a LayerNorm of its own
             in place of the encoder's last, or the class token ("cls") after the encoder's last.
+        use_relative_position_bias: of a `MIMAEBackbone`, as are all fields below: to each pair of tokens every head
+            adds a number of its own for their offset, as in BEiT.
+        use_relative_position_embeddings: the same, but a number that the query gives: its product with learned
+            embeddings of the vertical and of the horizontal offset, as in ViTDet.
+        window_size: side in patches of the windows that attention is confined to; None = it is global. With windows
+            the class token is left out.
+        global_attention_indexes: blocks, counted from 0, that attend globally all the same; None = the last block of
+            each quarter, as in ViTDet.
+        add_fpn: bring four feature maps to 4, 2, 1 and 1/2 times the patch grid, as MAE and BEiT do for UperNet.
+        out_indices, out_features: whose output the feature maps are, as in all of transformers' backbones: 0 or
+            "stem" are the embeddings, i or "stage{i}" the i-th block. Default: the last block; with `add_fpn` those
+            after 1/3, 1/2, 2/3 and all of the blocks, which are MAE's.
 
     Raises:
         StrictDataclassError (of huggingface_hub): a wrong type, or values that contradict each other; the message
@@ -61,6 +74,36 @@ class MIMAEConfig(MIMConfigMixin, ViTMAEConfig):
     latent_pooling: Literal["mean", "cls", "all"] = "mean"
     drop_path_rate: float | int = 0.0
     classifier_pooling: Literal["mean", "cls"] = "mean"
+    use_relative_position_bias: bool = False
+    use_relative_position_embeddings: bool = False
+    window_size: int | None = None
+    global_attention_indexes: list[int] | tuple[int, ...] | None = None
+    add_fpn: bool = False
+    _out_features: list[str] | None = None
+    _out_indices: list[int] | None = None
+
+    def __post_init__(
+        self,
+        out_features: list[str] | None = None,
+        out_indices: list[int] | tuple[int, ...] | None = None,
+        **kwargs: Any,
+    ):
+        depth = self.num_hidden_layers
+        if self.add_fpn and out_features is None and out_indices is None:
+            out_indices = [depth // 3, depth // 2, 2 * depth // 3, depth]
+        self.set_output_features_output_indices(out_features=out_features, out_indices=out_indices)
+        super().__post_init__(**kwargs)
+
+    @property
+    def stage_names(self) -> list[str]:
+        """Names of what a backbone can give: the embeddings, and the output of each block."""
+        return ["stem", *(f"stage{block}" for block in range(1, self.num_hidden_layers + 1))]
+
+    def window_of_block(self, block: int) -> int | None:
+        """Side in patches of the windows of a block, counted from 0; None where its attention is global."""
+        depth, chosen = self.num_hidden_layers, self.global_attention_indexes
+        is_global = block in ({(i + 1) * depth // 4 - 1 for i in range(4)} if chosen is None else chosen)
+        return None if is_global else self.window_size
 
     def validate_sizes(self):
         """Part of `@strict`'s validation: widths, heads and positions fit each other."""
@@ -74,3 +117,21 @@ class MIMAEConfig(MIMConfigMixin, ViTMAEConfig):
                 raise ValueError(f"{prefix}hidden_size={width} must be a multiple of 4 for 2D sin-cos positions")
         if not 0 <= self.drop_path_rate < 1:
             raise ValueError(f"drop_path_rate={self.drop_path_rate} must lie in 0..1, below 1")
+
+    def validate_backbone(self):
+        """Part of `@strict`'s validation: windows, relative positions and feature maps make sense together."""
+        if self.use_relative_position_bias and self.use_relative_position_embeddings:
+            raise ValueError(
+                "use_relative_position_bias and use_relative_position_embeddings are two forms of the same: set one"
+            )
+        if self.window_size is not None and self.window_size < 1:
+            raise ValueError(f"window_size={self.window_size} must be at least 1, or None for global attention")
+        if self.global_attention_indexes is not None:
+            if self.window_size is None:
+                raise ValueError("global_attention_indexes without window_size: attention is global in every block")
+            if outside := [i for i in self.global_attention_indexes if not 0 <= i < self.num_hidden_layers]:
+                raise ValueError(
+                    f"global_attention_indexes={outside}: blocks are counted from 0 to {self.num_hidden_layers - 1}"
+                )
+        if self.add_fpn and len(self.out_indices) != 4:
+            raise ValueError(f"add_fpn=True makes a pyramid of four maps, but out_indices={self.out_indices}")

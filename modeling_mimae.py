@@ -14,6 +14,8 @@ of this file:
 B images, N masks, L patches, V visible patches per mask, D width, P = patch_size² · C values of a patch, K classes.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 from transformers import ViTMAEForPreTraining, ViTMAEModel
@@ -207,6 +209,16 @@ class MIMAEPreTrainedModel(MIMPreTrainedMixin, ViTMAEPreTrainedModel):
         return set()
 
 
+def build_blocks(config: MIMAEConfig, make: Callable[[int], ViTMAELayer]) -> nn.ModuleList:
+    """The encoder's blocks, each made from its place, with drop path at a rate that grows from 0 in the first."""
+    blocks = nn.ModuleList(make(depth) for depth in range(config.num_hidden_layers))
+    for depth, block in enumerate(blocks):
+        rate = config.drop_path_rate * depth / max(1, config.num_hidden_layers - 1)
+        if rate > 0:  # both residual branches of a block end in its dropout
+            block.dropout = nn.Sequential(block.dropout, Dinov2DropPath(rate))
+    return blocks
+
+
 class MIMAEModel(MIMEncoderMixin, MIMAEPreTrainedModel, ViTMAEModel):
     """The encoder. `forward` and `encode` see the whole image and are deterministic; `forward_masked` sees views."""
 
@@ -223,11 +235,7 @@ class MIMAEModel(MIMEncoderMixin, MIMAEPreTrainedModel, ViTMAEModel):
     def __init__(self, config: MIMAEConfig):
         ViTMAEPreTrainedModel.__init__(self, config)
         self.embeddings = MIMAEEmbeddings(config)
-        self.layers = nn.ModuleList(ViTMAELayer(config) for _ in range(config.num_hidden_layers))
-        for depth, layer in enumerate(self.layers):
-            rate = config.drop_path_rate * depth / max(1, config.num_hidden_layers - 1)
-            if rate > 0:  # both residual branches of a layer end in its dropout
-                layer.dropout = nn.Sequential(layer.dropout, Dinov2DropPath(rate))
+        self.layers = build_blocks(config, lambda depth: ViTMAELayer(config))
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.post_init()
         self.freeze_fixed_parameters()

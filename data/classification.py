@@ -3,84 +3,42 @@
 Shapes: B images per process and batch, G = B x processes (the global batch), C channels, h, w the model's image size,
 K classes.
 
-The loaders know their process and must not be given to `accelerator.prepare`: a Trainer returns them from
-`get_train_dataloader` and `get_eval_dataloader`. Batches hold "pixel_values" float32 (B, C, h, w) and "labels", and
-nothing else, so that they can be passed to a model as they are.
+Batches hold "pixel_values" float32 (B, C, h, w) and "labels", and nothing else, so that they can be passed to a model
+as they are.
 """
 
-import logging
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from .augmentation import Mixing, Transform
 from .base import ImageSource
 from .decoding import BadImageError, decode_image
-from .loaders import (
-    BatchPlan,
-    BatchRequest,
-    OrderedSamples,
-    decode_or_substitute,
-    leave_stop_signals_to_the_caller,
-)
-from .order import SampleOrder, augmentation_seed, mixing_seed
+from .loaders import BatchPlan, OrderedSamples
+from .order import augmentation_seed, mixing_seed
 from .randomness import random_state_kept, seed_random_state
-
-logger = logging.getLogger(__name__)
+from .supervised import BadImages, SupervisedLoader, TrainingLoader
 
 IGNORED_LABEL = -100  # losses and metrics leave it out
-IMAGES_NAMED = 10
 
 
-class LabelledLoader(DataLoader):
-    """Leaves the caller's random numbers alone, and names the images that could not be decoded after an epoch."""
-
-    def __init__(self, samples: "LabelledSamples | LabelledEvaluationSamples", **options: Any):
-        # without a generator of its own a DataLoader draws from the caller's
-        super().__init__(
-            samples, generator=torch.Generator(), worker_init_fn=leave_stop_signals_to_the_caller, **options
-        )
-
-    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        yield from super().__iter__()
-        self.dataset.bad_images.warn()
-
-    @property
-    def bad_images(self) -> list[str]:
-        """Descriptions of the images that this process could not decode so far."""
-        return self.dataset.bad_images.describe()
-
-
-class ClassificationLoader(LabelledLoader):
-    """Training batches, the same whatever the number of workers; all processes together see one order.
-
-    What is seen is a function of (seed, epoch): the order and the augmentation of each image, and how a batch is
-    mixed, which also depends on B. An epoch's remainder, smaller than G, is dropped; another epoch drops other
-    images. A bad image is replaced by the next good one of its file, and its label with it.
-
-    `set_epoch` chooses the epoch, as a Trainer does. A Trainer resumes within an epoch by
-    `accelerate.skip_first_batches`, which here reads nothing of what it skips.
+class ClassificationLoader(TrainingLoader):
+    """Augmented, mixed and labelled batches; how a batch is mixed is a function of (seed, epoch), too, and of B.
 
     Args:
         source: an `ImageSource` with labels.
         transform: uint8 (C, H, W) -> float32 (C, h, w), drawing only from the default generators of torch, Python and
             numpy.
         num_channels: C.
-        per_device_batch_size: B.
         label_map: int64, the model's label for each label of the source; None: the same.
         mixing: what `augmentation.mixing` returns; with it labels are float32 (B, K), else int64 (B,).
-        num_processes, process_index: of the distributed run.
         seed: of order, augmentation and mixing.
-        num_workers: processes that read and decode; 0: the caller's own.
-        shuffle_window: how many rows of a sharded source are shuffled together, see `SampleOrder`.
-        pin_memory: copy batches to page-locked memory.
+        options: what else `TrainingLoader` takes.
 
     Raises:
-        ValueError: fewer images than one global batch takes; while reading, an image without a label of the map.
-        RuntimeError: while reading, no image of a file can be decoded.
+        ValueError: while reading, an image without a label of the map; see also `TrainingLoader`.
     """
 
     def __init__(
@@ -89,47 +47,20 @@ class ClassificationLoader(LabelledLoader):
         *,
         transform: Transform,
         num_channels: int,
-        per_device_batch_size: int,
         label_map: np.ndarray | None = None,
         mixing: Mixing | None = None,
-        num_processes: int = 1,
-        process_index: int = 0,
         seed: int = 0,
-        num_workers: int = 0,
-        shuffle_window: int = 8192,
-        pin_memory: bool = False,
+        **options: Any,
     ):
-        global_batch_size = per_device_batch_size * num_processes
-        if len(source) < global_batch_size:
-            raise ValueError(
-                f"{len(source)} training images are fewer than one global batch of {global_batch_size}: lower "
-                "per_device_train_batch_size"
-            )
-        plan = BatchPlan(
-            SampleOrder(source.block_sizes, seed, shuffle_window),
-            per_device_batch_size=per_device_batch_size,
-            global_batch_size=global_batch_size,
-            process_index=process_index,
-            samples_used=len(source) // global_batch_size * global_batch_size,
-            stride=max(1, num_workers),
-        )
-        super().__init__(
-            LabelledSamples(
+        def samples(plan: BatchPlan) -> LabelledSamples:
+            return LabelledSamples(
                 source, plan, label_map=label_map, transform=transform, num_channels=num_channels, seed=seed
-            ),
-            batch_sampler=EpochRequests(plan),
-            collate_fn=MixedBatch(mixing, seed),
-            num_workers=num_workers,
-            pin_memory=pin_memory,
-            persistent_workers=num_workers > 0,
-        )
+            )
 
-    def set_epoch(self, epoch: int) -> None:
-        """The next iteration gives the batches of this epoch."""
-        self.batch_sampler.set_epoch(epoch)
+        super().__init__(source, samples, MixedBatch(mixing, seed), seed=seed, **options)
 
 
-class ClassificationEvaluationLoader(LabelledLoader):
+class ClassificationEvaluationLoader(SupervisedLoader):
     """Every image once, in order.
 
     All processes get the same number of batches, all of one size: global batch b is rows b G to (b + 1) G, and process
@@ -169,49 +100,6 @@ class ClassificationEvaluationLoader(LabelledLoader):
         )
 
 
-class EpochRequests:
-    """The batch sampler of one epoch at a time."""
-
-    def __init__(self, plan: BatchPlan):
-        self.plan, self.epoch = plan, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return self.plan.samples_used // self.plan.global_batch_size
-
-    def __iter__(self) -> Iterator[BatchRequest]:
-        return self.plan.requests_of_epoch(self.epoch)
-
-
-class BadImages:
-    """Which images could not be decoded, in memory that the workers share: one flag for each image of the source."""
-
-    def __init__(self, source: ImageSource, consequence: str):
-        self.source, self.consequence = source, consequence
-        self.flags = torch.zeros(len(source), dtype=torch.bool).share_memory_()
-        self.warned = 0
-
-    def add(self, index: int) -> None:
-        self.flags[index] = True
-
-    def describe(self) -> list[str]:
-        return [self.source.describe(index) for index in self.flags.nonzero().flatten().tolist()]
-
-    def warn(self) -> None:
-        """Names the images, if there are more of them than at the last warning."""
-        if self.flags.sum() > self.warned:
-            images = self.describe()
-            self.warned = len(images)
-            logger.warning(
-                "%d image(s) could not be decoded and were %s: %s",
-                len(images),
-                self.consequence,
-                images[:IMAGES_NAMED],
-            )
-
-
 class LabelledSample(NamedTuple):
     """One image of a training batch, and what its batch is mixed by."""
 
@@ -229,10 +117,10 @@ class LabelledSamples(OrderedSamples):
         self.label_map, self.bad_images = label_map, BadImages(source, "replaced")
 
     def _sample(self, epoch: int, index: int, row: tuple[bytes | np.ndarray, int | None]) -> LabelledSample:
-        decoded = decode_or_substitute(self.source, index, row, self.num_channels)
+        decoded = self._decode_or_substitute(index, row)
         if decoded.reason is not None:
             self.bad_images.add(index)
-        label = class_of(self.source, decoded.index, decoded.label, self.label_map)
+        label = class_of(self.source, decoded.index, decoded.target, self.label_map)
         return LabelledSample(self._augment(epoch, index, decoded.image), label, epoch, index)
 
 

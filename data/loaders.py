@@ -30,6 +30,9 @@ logger = logging.getLogger(__name__)
 
 MOST_BAD_IN_A_ROW = 1000  # with more, a file is given up
 
+# what a source reads: an encoded image, or its pixels, and what the source knows of it
+Row = tuple[bytes | np.ndarray, Any]
+
 
 class BatchRequest(NamedTuple):
     """One global batch: the epoch, and how many images of it come before the batch."""
@@ -111,24 +114,27 @@ class BlockReader:
 
 
 class DecodedRow(NamedTuple):
-    """The pixels and the label of a row, or those of its substitute and what was wrong with the row itself."""
+    """The pixels and the target of a row, or those of its substitute and what was wrong with the row itself."""
 
     image: torch.Tensor  # uint8 (C, H, W)
-    label: int | None
+    target: Any  # a label, None, or what else the source's rows have
     index: int  # of the row that this is
     reason: str | None = None
 
 
 def decode_or_substitute(
-    source: ImageSource, index: int, row: tuple[bytes | np.ndarray, int | None], num_channels: int
+    source: ImageSource, index: int, row: Row, decode: Callable[[int, Row], tuple[torch.Tensor, Any]]
 ) -> DecodedRow:
-    """Decodes a row that was read; in the place of a bad image stands the next good one of its file.
+    """Decodes a row that was read; in the place of a bad one stands the next good one of its file.
+
+    Args:
+        decode: (index, row) -> (image, target); raises BadImageError.
 
     Raises:
         RuntimeError: none of the images that follow can be decoded either.
     """
     try:
-        return DecodedRow(decode_image(row[0], num_channels), row[1], index)
+        return DecodedRow(*decode(index, row), index)
     except BadImageError as error:
         reason = error.reason
     substitute = index
@@ -136,9 +142,8 @@ def decode_or_substitute(
         substitute = source.next_in_file(substitute)
         if substitute == index:
             break
-        encoded, label = source.read(substitute)
         try:
-            return DecodedRow(decode_image(encoded, num_channels), label, substitute, reason)
+            return DecodedRow(*decode(substitute, source.read(substitute)), substitute, reason)
         except BadImageError:
             continue
     raise RuntimeError(
@@ -153,6 +158,7 @@ class OrderedSamples(Dataset, ABC):
     Args:
         transform: uint8 (C, H, W) -> (C, h, w), drawing from the default generators of torch, Python and numpy; they
             are seeded for each sample by (seed, epoch, index), and the caller's numbers stay where they were.
+            Where targets are transformed, too: (image, target) -> (image, target).
     """
 
     def __init__(
@@ -160,7 +166,7 @@ class OrderedSamples(Dataset, ABC):
         source: ImageSource,
         plan: BatchPlan,
         *,
-        transform: Callable[[torch.Tensor], torch.Tensor],
+        transform: Callable[..., Any],
         num_channels: int,
         seed: int,
     ):
@@ -179,12 +185,19 @@ class OrderedSamples(Dataset, ABC):
             return [self._sample(request.epoch, index, row) for index, row in zip(indices, rows, strict=True)]
 
     @abstractmethod
-    def _sample(self, epoch: int, index: int, row: tuple[bytes | np.ndarray, int | None]) -> Any:
+    def _sample(self, epoch: int, index: int, row: Row) -> Any:
         """Makes a sample of a row that was read."""
 
-    def _augment(self, epoch: int, index: int, image: torch.Tensor) -> torch.Tensor:
+    def _decode(self, index: int, row: Row) -> tuple[torch.Tensor, Any]:
+        """Pixels and target of a row. Raises: BadImageError."""
+        return decode_image(row[0], self.num_channels), row[1]
+
+    def _decode_or_substitute(self, index: int, row: Row) -> DecodedRow:
+        return decode_or_substitute(self.source, index, row, self._decode)
+
+    def _augment(self, epoch: int, index: int, *inputs: Any) -> Any:
         seed_random_state(augmentation_seed(self.seed, epoch, index))
-        return self.transform(image)  # (C, H, W) -> (C, h, w)
+        return self.transform(*inputs)
 
 
 class PretrainingSamples(OrderedSamples):
@@ -194,8 +207,8 @@ class PretrainingSamples(OrderedSamples):
         super().__init__(source, plan, **options)
         self.noise_shape = noise_shape
 
-    def _sample(self, epoch: int, index: int, row: tuple[bytes | np.ndarray, int | None]) -> dict[str, Any]:
-        decoded = decode_or_substitute(self.source, index, row, self.num_channels)
+    def _sample(self, epoch: int, index: int, row: Row) -> dict[str, Any]:
+        decoded = self._decode_or_substitute(index, row)
         return {
             "pixel_values": self._augment(epoch, index, decoded.image),
             "noise": torch.from_numpy(sample_noise(self.seed, epoch, index, self.noise_shape)),
