@@ -6,7 +6,7 @@ The transforms take what `CocoSource.decode` gives and return a normalised image
 left corner the picture lies; the rest is zero. They draw from torch's default generator.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -16,10 +16,10 @@ from torchvision.ops import masks_to_boxes
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
+from .dense import DenseTransform
 from .transforms import Normalization
 
 Target = dict[str, Any]
-DetectionTransform = Callable[[torch.Tensor, Target], tuple[torch.Tensor, Target]]
 
 SMALLEST_BOX = 1.0  # pixels of the model's image
 
@@ -31,7 +31,7 @@ def large_scale_jitter(
     std: Sequence[float],
     scale_range: tuple[float, float] = (0.1, 2.0),
     horizontal_flip: float = 0.5,
-) -> DetectionTransform:
+) -> DenseTransform:
     """The augmentation of ViTDet's training (appendix A.1; after Ghiasi et al. 2021, arXiv 2012.07177).
 
     A flip; the image is resized, proportions kept, so that it just fits a square of side S * scale; from what is
@@ -63,9 +63,7 @@ def large_scale_jitter(
     )
 
 
-def detection_evaluation_transform(
-    image_size: int, *, mean: Sequence[float], std: Sequence[float]
-) -> DetectionTransform:
+def detection_evaluation_transform(image_size: int, *, mean: Sequence[float], std: Sequence[float]) -> DenseTransform:
     """Resizes so that the longer side is S, normalises, and pads with zeros to the square.
 
     For S = 1024 this is ViTDet's test size: shorter side 1024, but no side longer than 1024.

@@ -64,7 +64,8 @@ def save_detections(
     for panel, image, found, truth in zip(panels, images, detections, references, strict=False):
         names = [class_names[label] for label in truth["labels"]]
         _draw(panel[0], image, truth["boxes"], truth["masks"].numpy(), truth["labels"], names)
-        chosen = (found["scores"] >= min_score).nonzero()[:, 0].flip(0)  # the surest is drawn last, on top
+        order = found["scores"].argsort()  # the surest is drawn last, on top
+        chosen = order[found["scores"][order] >= min_score]
         masks = [run_length.decode(found["masks"][index]) for index in chosen]
         labels = found["labels"][chosen]
         scored = [
@@ -114,5 +115,5 @@ def _draw_box(axes: Axes, box: Sequence[float], color: tuple[float, float, float
 
 
 def _color(label: int) -> Any:
-    """A class's colour: with more classes than can be told apart, colours return, lighter and darker."""
+    """A class's colour: of many classes those of neighbouring labels lie far apart."""
     return CLASS_COLORS[label] if label < len(CLASS_COLORS) else colormaps["hsv"](label * 0.618 % 1)
