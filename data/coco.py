@@ -323,7 +323,10 @@ def _code_fault(code: dict[str, Any], height: int, width: int) -> str | None:
 
 
 def _all_finite(values: Sequence[Any]) -> bool:
-    return all(isinstance(value, int | float) and math.isfinite(value) for value in values)
+    try:
+        return all(map(math.isfinite, values))
+    except (TypeError, OverflowError):  # no number, or a whole one beyond all floats
+        return False
 
 
 def _pack(annotations: Sequence[Annotation]) -> bytes:

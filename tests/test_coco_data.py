@@ -325,7 +325,7 @@ def test_jittered_boxes_stay_around_their_masks_and_their_pixels(size):
             masks = torch.as_tensor(jittered["masks"])
             assert (masks_to_boxes(masks) + torch.tensor([0, 0, 1, 1]) - corners).abs().max() <= 1
             inner = 1 - F.max_pool2d(F.pad(1 - masks.amax(0, keepdim=True).float(), [1] * 4, value=1.0), 3, 1)
-            assert (pixels[0][inner[0] > 0] > 2.3).all()  # the objects are white
+            assert (pixels[0][inner[0] > 0] > 2).all()  # the objects are white, 2.5, the rest −2.5
         counts.append(len(corners))
     assert max(counts) == 2
     assert min(counts) < 2  # some were cut away
