@@ -223,12 +223,6 @@ class CocoSource(DenseSource):
             self._has_warned = True
         return None
 
-    def _stored_labels(self) -> np.ndarray:
-        raise NotImplementedError("an image of several objects has no one label")
-
-    def _stored_file_names(self) -> list[str]:
-        return self._names
-
 
 def open_coco_source(
     annotation_file: str | os.PathLike, image_dir: str | os.PathLike, *, keep_empty: bool

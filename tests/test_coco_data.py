@@ -88,9 +88,8 @@ def test_a_row_is_an_image_with_boxes_labels_and_masks(tmp_path):
 def test_labels_lead_back_to_category_ids(tmp_path):
     source = opened(tmp_path, annotation(1))
     assert (source.category_ids, source.class_names) == ([3, 7], ["dog", "cat"])
-    assert not source.has_labels
-    assert source.file_names() == ["1.png", "2.png"]
     assert source.image_ids.tolist() == [1, 2]
+    assert source.describe(1) == str(tmp_path / "2.png")
 
 
 def test_all_three_codes_are_drawn_as_pycocotools_draws_them(tmp_path):
