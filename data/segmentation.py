@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from datasets import Dataset, Features, load_dataset
 from datasets import Image as ImageFeature
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from torchvision import tv_tensors
 
 from .base import ImageSource
-from .decoding import FORMATS, BadImageError, decode_image
+from .decoding import FORMATS, BadImageError, _upright, decode_image
 from .dense import DenseSource
 from .hugging_face import DatasetSource, explained_access, find_columns
 from .sources import SPLIT_FOLDERS
@@ -157,34 +157,29 @@ def open_segmentation_source(
         raise ValueError(f"name the data by one of --dataset_name, --train_dir and --data_files, got {named}")
     if streaming:
         raise ValueError("pairs of images and masks are read from disk, not from a stream: drop --streaming")
-    name = str(dataset_name or train_dir or "--data_files")
-    stored_names = None
+    name, stored_names = str(dataset_name or train_dir or "--data_files"), None
     if train_dir:
         folder, mask_folder = _folders_of_split(Path(train_dir), split)
-        dataset = _dataset_of_pairs(folder, mask_folder)
-        stored_names = _names_in_folder(Path(train_dir), mask_folder)
+        dataset, stored_names = _pair_files(folder, mask_folder), _stored_class_names(Path(train_dir), mask_folder)
     else:
         place = {"path": "parquet", "data_files": {split: data_files}} if data_files else {"path": dataset_name}
         with explained_access(name):
             dataset = load_dataset(**place, name=dataset_config_name, split=split, cache_dir=cache_dir)
     if len(dataset) == 0:
         raise ValueError(f"split {split!r} of {name} is empty")
-    columns = find_image_columns(dataset.features, image_column_name, annotation_column_name, name=name)
     images, masks = (
         DatasetSource(dataset, name=f"{name}[{split}]", image_column=column, label_column=None, label_names=None)
-        for column in columns
+        for column in find_image_columns(dataset.features, image_column_name, annotation_column_name, name=name)
     )
-    names = class_names
-    if names is None and class_names_file:
-        names = read_class_names(class_names_file)
-    if names is None and stored_names:
-        names = stored_names[1:] if reduce_zero_label else stored_names
-    if names is None:
-        count = num_classes or _count_classes(masks, reduce_zero_label)
-        names = [str(number) for number in range(count)]
-    if num_classes not in (None, len(names)):
-        raise ValueError(f"--num_classes is {num_classes}, but {name} has names for {len(names)} classes")
-    return SegmentationSource(images, masks, class_names=names, reduce_zero_label=reduce_zero_label)
+    if class_names is None and class_names_file:
+        class_names = read_class_names(class_names_file)
+    if class_names is None and stored_names:
+        class_names = stored_names[1:] if reduce_zero_label else stored_names
+    if class_names is None:
+        class_names = [str(number) for number in range(num_classes or _count_classes(masks, reduce_zero_label))]
+    if num_classes not in (None, len(class_names)):
+        raise ValueError(f"--num_classes is {num_classes}, but {name} has names for {len(class_names)} classes")
+    return SegmentationSource(images, masks, class_names=class_names, reduce_zero_label=reduce_zero_label)
 
 
 def read_class_names(path: str | os.PathLike) -> list[str]:
@@ -270,14 +265,10 @@ def _turned_as(encoded: bytes, values: np.ndarray, size: tuple[int, int]) -> np.
     if values.shape == size:
         return values
     with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
-        orientation = image.getexif().get(ExifTags.Base.Orientation)
-    mask = Image.fromarray(values.astype(np.int32))
-    mask.getexif()[ExifTags.Base.Orientation] = orientation
-    turned = np.array(ImageOps.exif_transpose(mask)).astype(np.intp)
+        turned = np.array(_upright(Image.fromarray(values.astype(np.int32)), image))
     if turned.shape != size:
-        raise BadImageError(
-            f"its mask has {values.shape[0]} x {values.shape[1]} pixels (height x width), the image {size[0]} x {size[1]}"
-        )
+        height, width = values.shape
+        raise BadImageError(f"its mask is {width} x {height} pixels, the image {size[1]} x {size[0]} (width x height)")
     return turned
 
 
@@ -303,7 +294,7 @@ def _folder_of_split(folder: Path, split: str) -> Path:
     return found
 
 
-def _dataset_of_pairs(folder: Path, mask_folder: Path) -> Dataset:
+def _pair_files(folder: Path, mask_folder: Path) -> Dataset:
     """Paths of images and masks, sorted, as 🤗 Datasets has them."""
     images, masks = _files_by_stem(folder, SUFFIXES), _files_by_stem(mask_folder, {".png"})
     lonely = [
@@ -336,7 +327,7 @@ def _files_by_stem(folder: Path, suffixes: set[str]) -> dict[str, Path]:
     return files
 
 
-def _names_in_folder(folder: Path, mask_folder: Path) -> list[str] | None:
+def _stored_class_names(folder: Path, mask_folder: Path) -> list[str] | None:
     """What the values 0, 1, … of the masks mean, if files beside them say so."""
     ade20k = folder / "objectInfo150.txt"
     if ade20k.is_file():

@@ -2,8 +2,8 @@
 
 Shapes: C channels, H, W an image's height and width, h, w those of what comes out.
 
-The transforms take (image uint8 (C, H, W), mask (H, W)), as `SegmentationSource.decode` gives them, and return (float32
-(C, h, w), normalised; mask int64). They draw from torch's default generator only.
+The transforms take (image uint8 (C, H, W), mask (H, W)), as `SegmentationSource.decode` gives them, and return (image
+float32 (C, h, w), normalised; mask int64). They draw from torch's default generator only.
 """
 
 from collections.abc import Callable, Sequence
@@ -165,4 +165,7 @@ class ImageOnly(torch.nn.Module):
 
 def _normalization(mean: Sequence[float], std: Sequence[float]) -> list[v2.Transform]:
     """Normalises images, and makes of masks what losses take."""
-    return [v2.Lambda(Normalization(mean, std, "cpu"), tv_tensors.Image), v2.ToDtype({tv_tensors.Mask: torch.int64})]
+    return [
+        v2.Lambda(Normalization(mean, std, "cpu"), tv_tensors.Image),
+        v2.ToDtype({tv_tensors.Mask: torch.int64, "others": None}),
+    ]

@@ -115,8 +115,9 @@ def sliding_window_logits(
 ) -> torch.Tensor:
     """Logits of images of any size from a model of one size: windows at a stride, averaged where they overlap.
 
-    As mmsegmentation's `slide_inference`: the last windows are shifted back inside the image, and an image smaller than
-    a window is padded with zeros at the right and at the bottom. One window of all B images is predicted at a time.
+    As mmsegmentation's `slide_inference`: the last windows are shifted back inside the image, and an image smaller
+    than a window is padded with zeros at the right and at the bottom. One window of all B images is predicted at a
+    time.
 
     Args:
         predict: (B, C, *crop_size) → logits (B, K, *crop_size).
