@@ -12,14 +12,10 @@ Exit codes: 0 done; 143 after SIGTERM and 138 after SIGUSR1 while training, with
 an error, or when all is done but the upload failed.
 """
 
-import json
 import logging
 import math
-import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
-from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -29,63 +25,35 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import set_seed
 from torch import nn
-from transformers import EvalPrediction, PreTrainedConfig, PreTrainedModel, TrainingArguments, ViTImageProcessor
+from transformers import EvalPrediction, PreTrainedModel, ViTImageProcessor
 
 from mimae.data.arguments import PLACES
 from mimae.data.augmentation import Mixing, Transform, finetuning_transform, mixing, normalized, probe_transform
 from mimae.data.classification import ClassificationEvaluationLoader, ClassificationLoader
-from mimae.data.processor import build_image_processor, channel_statistics
+from mimae.data.processor import build_image_processor
 from mimae.data.sources import ImageSource
 from mimae.data.subsets import SubsetSource, low_shot_indices, read_subset_file
 from mimae.data.transforms import Normalization, evaluation_transform
 from mimae.evaluation.metrics import TopKAccuracy
 from mimae.evaluation.probes import knn_accuracies
 from mimae.training.arguments import HubArguments, ModelArguments, RecipeError, flag_value, parse_arguments
-from mimae.training.bad_images import BadImageLimit
 from mimae.training.classes import class_names, label_map, numbered
 from mimae.training.classification_arguments import ClassificationArguments, ClassificationDataArguments
 from mimae.training.classification_results import write_classification_results
 from mimae.training.classification_trainer import ClassificationTrainer, Tested
+from mimae.training.downstream import DownstreamRun, start_processes
 from mimae.training.families import CONFIG_CLASSES
 from mimae.training.features import gather_features
 from mimae.training.linear_probe import LinearProbe, build_probe_lars, metrics_of_heads
-from mimae.training.metrics_log import MetricsLog
 from mimae.training.monitors import probe_indices
-from mimae.training.optimization import WarmupCosine, build_finetuning_adamw, schedule_as_lambda
-from mimae.training.processes import limit_cpu_threads, on_main_process, start_logging
-from mimae.training.publishing import claim_repository, publish
-from mimae.training.results import device_name
+from mimae.training.optimization import WarmupCosine, WarmupSchedule, build_finetuning_adamw
 from mimae.training.robustness_tests import RobustnessTest, corruption_test, imagenet_tests
-from mimae.training.run_folder import claim_output_dir, clear_output_dir
-from mimae.training.sealed_checkpoints import checkpoint_to_resume
-from mimae.training.signals import RunStopped
-from mimae.training.starting_model import StartingModel
 from mimae.training.warm_start import UnfitCheckpointError
 
 logger = logging.getLogger("mimae")
 
 RECIPES = Path(__file__).parent / "recipes"
 LR_BASE_BATCH = 256
-# flags that a training's result follows from
-SETTINGS = (
-    "task",
-    "seed",
-    "untrained",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "weight_decay",
-    "max_grad_norm",
-    "layer_decay",
-    "adam_beta1",
-    "adam_beta2",
-    "auto_augment",
-    "random_erasing",
-    "mixup",
-    "cutmix",
-    "label_smoothing",
-    "ema_decay",
-    "probe_learning_rates",
-)
 PICTURED_IMAGES = 1000
 
 
@@ -106,17 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     set_seed(args.seed)
     run = ClassificationRun(model_args, data_args, args, hub_args, model_fields, output_dir)
     tasks = {"finetune": run.finetune, "linear_probe": run.linear_probe, "knn": run.knn, "evaluate": run.evaluate}
-    try:
-        results = tasks[args.task]()
-    except RunStopped as stop:
-        logger.info("stopped by %s; --resume_from_checkpoint latest goes on", stop)
-        return stop.exit_code
-    if not PartialState().is_main_process:
-        return 0
-    recipe_values = {**vars(model_args), **vars(data_args), **vars(args), **vars(hub_args), **model_fields}
-    facts = {**run.facts(), "recipe": recipe_values}
-    print(write_classification_results(output_dir, facts=facts, **results))
-    return publish(output_dir, run.repo_id, hub_args.hub_private_repo)
+    return run.execute(tasks[args.task], write_classification_results)
 
 
 def default_recipe(argv: Sequence[str] | None) -> Path:
@@ -127,51 +85,36 @@ def default_recipe(argv: Sequence[str] | None) -> Path:
     return recipe if recipe.exists() else RECIPES / "digits" / "finetune.yaml"
 
 
-def start_processes(args: ClassificationArguments, recipe: Path) -> Path:
-    """The run's folder, held by the main process; the first line of the log says how many processes there are."""
-    # the main one may be long at converting or listing a data set, and the others wait for it
-    PartialState(cpu=args.use_cpu, timeout=timedelta(hours=2))
-    limit_cpu_threads(args.cpu_threads)
-    start_logging(precision(args.mixed_precision), recipe)
-    resumes = args.resume_from_checkpoint is not None
-    return on_main_process(lambda: claim_output_dir(args.output_dir, recipe, args.overwrite_output_dir, resumes))
+class ClassificationRun(DownstreamRun):
+    """The four tasks, on the checkpoint and the images that the flags name.
 
+    Args:
+        groups: see `DownstreamRun`.
+    """
 
-class ClassificationRun:
-    """The four tasks, on the checkpoint and the images that the flags name."""
+    data_args: ClassificationDataArguments
+    args: ClassificationArguments
 
-    def __init__(
-        self,
-        model_args: ModelArguments,
-        data_args: ClassificationDataArguments,
-        args: ClassificationArguments,
-        hub_args: HubArguments,
-        model_fields: Mapping[str, Any],
-        output_dir: Path,
-    ):
-        self.model_args, self.data_args, self.args, self.hub_args = model_args, data_args, args, hub_args
-        self.model_fields, self.output_dir = model_fields, output_dir
-        self.repo_id: str | None = None
-        self.device = PartialState().device
-        path = model_args.model_name_or_path
-        if path is not None and output_dir.resolve() in (Path(path).resolve(), *Path(path).resolve().parents):
-            raise ValueError(f"--output_dir {output_dir} holds the model that the run starts from: take another")
-        self.start = StartingModel(
-            path, model_type=model_args.model_type, preset=model_args.preset, fields=model_fields
-        )
-        self.family, self.pooling = self.start.family, self.start.family.pooling(args.feature_pooling)
-        is_model_of_probe = args.task == "linear_probe" and self.pooling == self.family.usual_pooling
-        self.leaves_model = args.task == "finetune" or is_model_of_probe
-        if hub_args.push_to_hub and not self.leaves_model:
-            raise RecipeError(f"--push_to_hub: --task {args.task} with these flags leaves no model to push")
-        config = self.start.config()
-        if remark := self.family.remark(config):
-            logger.info(remark)
-        self.image_size, self.num_channels = config.image_size_2d, config.num_channels
-        known = self.start.checkpoint.channel_statistics() if self.start.checkpoint else (None, None)
-        self.mean, self.std = channel_statistics(
-            self.num_channels, args.image_mean or known[0], args.image_std or known[1]
-        )
+    SETTINGS = (
+        *DownstreamRun.SETTINGS,
+        "task",
+        "auto_augment",
+        "random_erasing",
+        "mixup",
+        "cutmix",
+        "label_smoothing",
+        "ema_decay",
+        "probe_learning_rates",
+    )
+
+    def __init__(self, *groups: Any):
+        super().__init__(*groups)
+        task = self.args.task
+        self.pooling = self.family.pooling(self.args.feature_pooling)
+        is_model_of_probe = task == "linear_probe" and self.pooling == self.family.usual_pooling
+        self.leaves_model = task == "finetune" or is_model_of_probe
+        if self.hub_args.push_to_hub and not self.leaves_model:
+            raise RecipeError(f"--push_to_hub: --task {task} with these flags leaves no model to push")
 
     # --- tasks: each returns what `write_classification_results` takes ----------------------------------------------
 
@@ -352,19 +295,13 @@ class ClassificationRun:
 
     def training_loader(self, transform: Transform, mixed: Mixing | None) -> ClassificationLoader:
         """Training batches for this process."""
-        state = PartialState()
         return ClassificationLoader(
             self.training_images,
             transform=transform,
             num_channels=self.num_channels,
-            per_device_batch_size=self.args.per_device_train_batch_size,
             mixing=mixed,
-            num_processes=state.num_processes,
-            process_index=state.process_index,
-            seed=self.args.seed,
-            num_workers=self.data_args.dataloader_num_workers,
             shuffle_window=self.data_args.shuffle_window,
-            pin_memory=self.device.type == "cuda",
+            **self.training_loader_options,
         )
 
     def evaluation_loader(
@@ -387,6 +324,7 @@ class ClassificationRun:
 
     @property
     def image_processor(self) -> ViTImageProcessor:
+        """Resizes to the model's size, and normalises."""
         return build_image_processor(self.image_size, self.mean, self.std)
 
     @property
@@ -398,21 +336,6 @@ class ClassificationRun:
     def load_encoder(self) -> PreTrainedModel:
         """The encoder, whose `pooler_output` is pooled as the flags say."""
         return self.load(self.family.encoder_class, self.start.config(**self.family.poolings[self.pooling]))
-
-    def load(
-        self, model_class: type[PreTrainedModel], config: PreTrainedConfig, with_head: bool = False
-    ) -> PreTrainedModel:
-        """The model as `StartingModel.load` makes it, and as the flags ask for."""
-        model = self.start.load(
-            model_class,
-            config,
-            untrained=self.args.untrained,
-            attn_implementation=self.model_args.attn_implementation,
-            with_head=with_head,
-        )
-        if self.model_args.gradient_checkpointing:
-            model.gradient_checkpointing_enable()
-        return model
 
     def probing_classifier(self, encoder: PreTrainedModel, linear: nn.Linear, names: Sequence[str]) -> PreTrainedModel:
         """A frozen encoder and what a probe has learned on its features, as one model."""
@@ -444,107 +367,38 @@ class ClassificationRun:
         Args:
             learning_rate: the peak, of the optimiser's fastest group.
         """
-        args = self.args
-        steps_per_epoch = math.ceil(len(loader) / args.gradient_accumulation_steps)
+        args, steps_per_epoch = self.args, self.steps_per_epoch(loader)
         schedule = WarmupCosine(
             peak=learning_rate,
             start=min(args.warmup_learning_rate, learning_rate),
             final=min(args.min_learning_rate, learning_rate),
             warmup_steps=round(args.warmup_epochs * steps_per_epoch),
-            total_steps=args.max_train_steps or max(1, round(args.num_train_epochs * steps_per_epoch)),
-        )
-        logger.info(
-            "%d steps, %d an epoch, on %d images; peak learning rate %.3g after %d steps",
-            schedule.total_steps,
-            steps_per_epoch,
-            len(self.training_images),
-            learning_rate,
-            schedule.warmup_steps,
+            total_steps=self.total_steps(steps_per_epoch),
         )
         return ClassificationTrainer(
             model,
-            self.training_arguments(schedule.total_steps, steps_per_epoch),
-            settings=self.settings(schedule),
-            train_loader=loader,
             eval_loader=self.evaluation_loader(self.held_out_images, class_names(self.training_images)),
-            optimizers=(optimizer, schedule_as_lambda(optimizer, schedule)),
             compute_metrics=compute_metrics,
-            processing_class=self.image_processor,  # every checkpoint has one
-            callbacks=[MetricsLog(), BadImageLimit(loader, self.data_args.max_bad_image_fraction)],
+            **self.trainer_options(loader, optimizer, schedule),
             **options,
         )
 
-    def settings(self, schedule: WarmupCosine) -> dict[str, Any]:
-        """What a training's result follows from, as JSON holds it; a resumed one must have the same."""
-        settings = {
-            **self.model_fields,
-            **{name: getattr(self.args, name) for name in SETTINGS},
+    def settings(self, schedule: WarmupSchedule) -> dict[str, Any]:
+        """As of any training, and how features are pooled, and what training images go through."""
+        return {
+            **super().settings(schedule),
             "feature_pooling": self.pooling,
             **{name: getattr(self.data_args, name) for name in ("min_crop_scale", "horizontal_flip")},
-            **{f"schedule.{name}": value for name, value in asdict(schedule).items()},
-            "images": self.training_images.fingerprint,
             "shuffle_window": self.data_args.shuffle_window if self.training_images.reads_blocks else None,
-            "image_mean": self.mean,
-            "image_std": self.std,
-            "mixed_precision": precision(self.args.mixed_precision),
-            "processes": PartialState().num_processes,
         }
-        return json.loads(json.dumps(settings))
-
-    def training_arguments(
-        self, total_steps: int, steps_per_epoch: int, eval_strategy: str = "steps"
-    ) -> TrainingArguments:
-        """Our flags in the words of transformers."""
-        args = self.args
-
-        def interval(steps: int | None, epochs: float) -> int:
-            return steps or max(1, round(epochs * steps_per_epoch))
-
-        return TrainingArguments(
-            output_dir=str(self.output_dir),
-            max_steps=total_steps,
-            per_device_train_batch_size=args.per_device_train_batch_size,
-            gradient_accumulation_steps=args.gradient_accumulation_steps,
-            max_grad_norm=args.max_grad_norm or 0.0,
-            eval_strategy=eval_strategy,
-            eval_steps=interval(args.evaluation_steps, args.evaluation_epochs),
-            save_strategy="steps",
-            save_steps=interval(args.checkpointing_steps, args.checkpointing_epochs),
-            save_total_limit=args.checkpoints_total_limit,
-            logging_steps=args.logging_steps,
-            logging_nan_inf_filter=False,
-            report_to=args.report_to.split(","),
-            disable_tqdm=True,
-            seed=args.seed,
-            use_cpu=args.use_cpu,
-            bf16=precision(args.mixed_precision) == "bf16",
-            fp16=precision(args.mixed_precision) == "fp16",
-            torch_compile=args.torch_compile,
-            ddp_find_unused_parameters=False,
-            remove_unused_columns=False,
-            label_names=["labels"],
-        )
 
     def train_and_test(self, trainer: ClassificationTrainer) -> Tested:
-        """Trains, from a checkpoint of the run's folder if the flags say so, and tests what came of it.
+        """Trains, and tests what came of it.
 
         Raises:
-            FloatingPointError: the loss is not finite; no model is saved.
-            RunStopped: a signal asked for it; a checkpoint is saved.
+            FloatingPointError, RunStopped: see `train`; also where the loss on held-out images is not finite.
         """
-        checkpoint, step = None, 0
-        if self.args.resume_from_checkpoint is not None:
-            checkpoint, step = checkpoint_to_resume(
-                self.output_dir, self.args.resume_from_checkpoint, trainer.settings
-            )
-        self.begin()
-        if step < trainer.args.max_steps:
-            # dropped paths differ between processes; a checkpoint holds the random state of each
-            torch.manual_seed(self.args.seed + PartialState().process_index)
-            trainer.train_until_stopped(checkpoint)
-        else:
-            logger.info("%s is of the last step: nothing is left to train", checkpoint)
-            trainer.take_over(checkpoint)
+        self.train(trainer)
         metrics, classes, targets = trainer.test(trainer.eval_dataset)
         if not math.isfinite(metrics["loss"]):
             raise FloatingPointError(
@@ -552,13 +406,6 @@ class ClassificationRun:
                 "help, a longer warm-up, or float32"
             )
         return metrics, classes, targets
-
-    def begin(self) -> None:
-        """Takes folder and repository into use: not before all that the run needs has been found good."""
-        hub = self.hub_args
-        self.repo_id = claim_repository(hub.push_to_hub, hub.hub_model_id, hub.hub_private_repo, self.output_dir)
-        if self.args.overwrite_output_dir and self.args.resume_from_checkpoint is None:
-            on_main_process(lambda: clear_output_dir(self.output_dir))
 
     def tester(self, model: nn.Module) -> ClassificationTrainer:
         """A Trainer that trains nothing."""
@@ -594,32 +441,15 @@ class ClassificationRun:
         """Features and labels of a part of the held-out images, for their map."""
         return self.features(model, self.held_out_images, names, probe_indices(self.held_out_images, PICTURED_IMAGES))
 
-    # --- what is kept -----------------------------------------------------------------------------------------------
-
-    def save(self, model: PreTrainedModel) -> None:
-        """The model and its image processor, in the run's folder."""
-        if PartialState().is_main_process:
-            model.save_pretrained(self.output_dir)
-            self.image_processor.save_pretrained(self.output_dir)
-
     def facts(self) -> dict[str, Any]:
-        """What was done, to what, and on which machine."""
-        state, data_args = PartialState(), self.data_args
+        """As of any run, and the images."""
+        data_args = self.data_args
         return {
             "task": self.args.task,
-            "model_type": self.start.family.name,
-            "model": self.model_args.model_name_or_path or self.model_args.preset or "a model of the recipe's sizes",
-            "untrained": self.args.untrained,
+            **super().facts(),
             "dataset": "local images" if data_args.is_local else data_args.dataset_name or "digits",
             "training_images": None if self.args.task == "evaluate" else len(self.training_images),
-            "seed": self.args.seed,
-            "hardware": {"device": device_name(state.device), "processes": state.num_processes},
         }
-
-
-def precision(mixed_precision: str | None) -> str:
-    """The flag's, or what `accelerate launch` and its configuration say."""
-    return mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
 
 
 def accuracy_of_classes(prediction: EvalPrediction) -> dict[str, float]:

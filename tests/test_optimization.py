@@ -8,13 +8,15 @@ import torch
 from references import TINY
 from timm.models import VisionTransformer
 from timm.optim import param_groups_layer_decay
+from transformers import UperNetConfig, UperNetForSemanticSegmentation
 
-from mimae import MIMAEConfig, MIMAEForImageClassification, MIMAEForPreTraining
+from mimae import MIMAEBackbone, MIMAEConfig, MIMAEForImageClassification, MIMAEForPreTraining
 from mimae.configuration_misimmim import MISimMIMConfig
 from mimae.modeling_misimmim import MISimMIMForImageClassification
 from mimae.training.optimization import (
     WarmupCosine,
     WarmupMultiStep,
+    WarmupPolynomial,
     build_adamw,
     build_finetuning_adamw,
     clip_gradients,
@@ -261,3 +263,43 @@ def test_milestones_that_never_come_are_told(caplog):
     assert not caplog.records
     WarmupMultiStep(**common, milestones=(1, 4, 10))
     assert "[1, 10]" in caplog.text
+
+
+def segmenter(**fields) -> UperNetForSemanticSegmentation:
+    """transformers' own UperNet on a small backbone of four blocks."""
+    config = MIMAEConfig(**{**TINY, "num_hidden_layers": 4}, add_fpn=True, out_indices=[1, 2, 3, 4], **fields)
+    upernet = UperNetConfig(
+        backbone_config=config, num_labels=3, hidden_size=8, auxiliary_in_channels=32, auxiliary_channels=8
+    )
+    return UperNetForSemanticSegmentation(upernet)
+
+
+def test_of_a_dense_model_the_backbones_blocks_decay_and_pyramid_and_heads_do_not():
+    model = segmenter(use_relative_position_bias=True)
+    assert isinstance(model.backbone, MIMAEBackbone)
+    groups = layer_decay_groups(model, weight_decay=0.05, layer_decay=0.5)
+    scales, decays = by_name(groups, "lr_scale"), by_name(groups, "weight_decay")
+    assert set(scales) == {name for name, p in model.named_parameters() if p.requires_grad}
+    for name, scale in scales.items():
+        block = re.match(r"backbone\.layers\.(\d+)\.", name)
+        layer = 0 if name.startswith("backbone.embeddings.") else int(block[1]) + 1 if block else 5
+        assert scale == 0.5 ** (5 - layer), name
+    assert scales["backbone.fpn.0.0.weight"] == scales["decode_head.classifier.weight"] == 1.0
+    exempt = ("cls_token", "position_embeddings", "relative_position_bias.table", "relative_position_bias.class_token")
+    for name, parameter in model.named_parameters():
+        assert decays[name] == (0.0 if parameter.ndim <= 1 or name.endswith(exempt) else 0.05), name
+
+
+@pytest.mark.parametrize("power", [1.0, 0.9])
+def test_poly_falls_by_the_power_of_what_is_left_to_the_end(power):
+    schedule = WarmupPolynomial(peak=2.0, final=0.5, power=power, warmup_steps=10, total_steps=110)
+    assert [schedule(step) for step in (0, 5, 10, 110, 120)] == pytest.approx([0.0, 1.0, 2.0, 0.5, 0.5])
+    expected = [0.5 + 1.5 * (1 - (step - 10) / 100) ** power for step in range(10, 110)]
+    assert [schedule(step) for step in range(10, 110)] == pytest.approx(expected)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2.0)
+    reference = torch.optim.lr_scheduler.PolynomialLR(optimizer, total_iters=100, power=power)
+    without_final = WarmupPolynomial(peak=2.0, power=power, warmup_steps=0, total_steps=100)
+    for step in range(100):
+        assert without_final(step) == pytest.approx(reference.get_last_lr()[0], rel=1e-9)
+        optimizer.step()
+        reference.step()

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from references import TINY
+from safetensors.torch import load_file, save_file
 from scipy.interpolate import BSpline, make_interp_spline
 from transformers import (
     BertConfig,
@@ -16,20 +17,24 @@ from transformers import (
     ViTForImageClassification,
     ViTImageProcessor,
     ViTMAEConfig,
+    ViTMAEForPreTraining,
     ViTMAEModel,
     ViTModel,
 )
 
-from mimae import MIMAEConfig, MIMAEForImageClassification, MIMAEForPreTraining, MIMAEModel
+from mimae import MIMAEBackbone, MIMAEConfig, MIMAEForImageClassification, MIMAEForPreTraining, MIMAEModel
 from mimae.configuration_misimmim import MISimMIMConfig
 from mimae.modeling_mimae import interpolate_positions
 from mimae.modeling_misimmim import MISimMIMForPreTraining, MISimMIMModel
+from mimae.training.arguments import RecipeError
 from mimae.training.families import FAMILIES
 from mimae.training.geometry import geometric_positions, interpolate_table, padding_remark
+from mimae.training.starting_model import StartingModel
 from mimae.training.warm_start import Checkpoint, UnfitCheckpointError
 
 STOCK_FIELDS = ("image_size", "patch_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
 STOCK = {name: TINY[name] for name in (*STOCK_FIELDS, "intermediate_size")}
+TINY_SWIN = {"image_size": 12, "patch_size": 2, "embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2]}
 LABELS = {"id2label": {0: "cat", 1: "dog"}, "label2id": {"cat": 0, "dog": 1}}
 
 
@@ -160,9 +165,116 @@ def test_what_is_no_checkpoint_of_a_vit_is_refused_by_name(tmp_path):
         Checkpoint(str(tmp_path))
 
 
+# --- backbones ------------------------------------------------------------------------------------------------------
+
+DEEP = {**TINY, "num_hidden_layers": 6}
+# a pre-trained model or a classifier of every kind that the scripts take
+ORIGINS = {
+    "mimae": lambda: MIMAEForPreTraining(MIMAEConfig(**DEEP)),
+    "mimae_classifier": lambda: MIMAEForImageClassification(MIMAEConfig(**DEEP, **LABELS)),
+    "vit_mae": lambda: ViTMAEForPreTraining(ViTMAEConfig(**DEEP)),
+    "vit": lambda: ViTModel(ViTConfig(**{**STOCK, "num_hidden_layers": 6})),
+    "vit_classifier": lambda: ViTForImageClassification(ViTConfig(**{**STOCK, "num_hidden_layers": 6})),
+}
+
+
+def saved_deep(folder, kind: str) -> torch.nn.Module:
+    """Saves one with random weights, and returns its encoder."""
+    torch.manual_seed(1)
+    model = ORIGINS[kind]()
+    encoder = getattr(model, "vit", model)
+    with torch.no_grad():
+        encoder.embeddings.position_embeddings.normal_()
+    model.save_pretrained(folder)
+    return encoder
+
+
+def dense(folder, **fields) -> StartingModel:
+    return StartingModel(str(folder), model_type=None, preset=None, fields=fields, is_dense=True)
+
+
+@pytest.mark.parametrize("kind", ORIGINS)
+def test_a_backbone_has_the_encoders_weights_and_the_log_names_what_is_new(tmp_path, caplog, kind):
+    encoder = saved_deep(tmp_path, kind)
+    start = dense(tmp_path, add_fpn=True, use_relative_position_bias=True)
+    with caplog.at_level(logging.INFO):
+        backbone = start.load(start.family.backbone_class, start.config())
+    assert type(backbone) is MIMAEBackbone
+    there, new = encoder.state_dict(), set()
+    for name, tensor in backbone.state_dict().items():
+        if name in there:
+            assert torch.equal(tensor, there[name]), name
+        else:
+            new.add(name.split(".")[0] if name.startswith("fpn") else name.split(".")[-2])
+    assert new == {"fpn", "relative_position_bias"}
+    (message,) = [record.getMessage() for record in caplog.records if record.getMessage().startswith("new, as")]
+    assert "fpn.*.weight" in message
+    assert "layers.*.attention.relative_position_bias.table" in message
+    assert all(level.shape[1] == 32 for level in backbone(torch.randn(1, 3, 32, 48)).feature_maps)
+
+
+def test_the_legacy_names_of_published_checkpoints_arrive_in_a_backbone(tmp_path):
+    encoder = saved_deep(tmp_path, "vit_mae")
+    names = load_file(tmp_path / "model.safetensors")
+    assert any("attention.attention.query" in name for name in names)  # or the test would show nothing
+    start = dense(tmp_path)
+    backbone = start.load(MIMAEBackbone, start.config())
+    assert torch.equal(backbone.layers[2].attention.q_proj.weight, encoder.layers[2].attention.q_proj.weight)
+
+
+@pytest.mark.parametrize("kind", ["mimae", "vit"])
+def test_a_backbones_positions_fit_the_recipes_images_and_relative_ones_start_at_zero(tmp_path, caplog, kind):
+    encoder = saved_deep(tmp_path, kind)
+    start = dense(tmp_path, image_size=32, window_size=3, use_relative_position_embeddings=True)
+    with caplog.at_level(logging.INFO):
+        backbone = start.load(MIMAEBackbone, start.config())
+    positions = encoder.embeddings.position_embeddings
+    expected = interpolate_positions(positions, (4, 4), (8, 8))
+    assert torch.equal(backbone.embeddings.position_embeddings, expected)
+    for depth, layer in enumerate(backbone.layers):
+        side = 3 if backbone.config.window_of_block(depth) else 8
+        assert layer.attention.relative_positions.height.shape[0] == 2 * side - 1
+        assert not layer.attention.relative_positions.height.any()
+        assert torch.equal(layer.mlp.fc1.weight, encoder.layers[depth].mlp.fc1.weight)
+    assert "interpolated to 32 x 32" in caplog.text
+    assert "layers.*.attention.relative_positions.height" in caplog.text
+
+
+def test_a_backbone_that_was_saved_keeps_its_pyramid_and_its_relative_positions(tmp_path, caplog):
+    first = MIMAEBackbone(MIMAEConfig(**DEEP, add_fpn=True, use_relative_position_bias=True))
+    with torch.no_grad():
+        for parameter in first.parameters():
+            parameter.normal_()
+    first.save_pretrained(tmp_path)
+    start = dense(tmp_path)
+    with caplog.at_level(logging.INFO):
+        second = start.load(MIMAEBackbone, start.config())
+    assert all(torch.equal(weight, second.state_dict()[name]) for name, weight in first.state_dict().items())
+    assert "new, as" not in caplog.text
+
+
+def test_a_checkpoint_that_lacks_a_block_is_no_backbone(tmp_path):
+    saved_deep(tmp_path, "mimae")
+    tensors = load_file(tmp_path / "model.safetensors")
+    kept = {name: tensor for name, tensor in tensors.items() if "layers.2.mlp" not in name}
+    save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    start = dense(tmp_path, add_fpn=True)
+    with pytest.raises(UnfitCheckpointError, match=r"lacks some weights.*layers\.2\.mlp"):
+        start.load(MIMAEBackbone, start.config())
+
+
+def test_a_swin_has_no_backbone_and_others_take_no_fields_of_one(tmp_path):
+    config = MISimMIMConfig(**TINY_SWIN, window_size=3, encoder_stride=4, mask_patch_size=4)
+    MISimMIMModel(config).save_pretrained(tmp_path / "swin")
+    with pytest.raises(RecipeError, match=r"'misimmim' has no backbone.*there is one for mimae"):
+        dense(tmp_path / "swin")
+    saved_deep(tmp_path / "vit", "mimae")
+    with pytest.raises(RecipeError, match=r"add_fpn, window_size: of a 'mimae' for segmentation and detection alone"):
+        StartingModel(str(tmp_path / "vit"), model_type=None, preset=None, fields={"window_size": 2, "add_fpn": True})
+
+
 # --- windows of another size ----------------------------------------------------------------------------------------
 
-TINY_SWIN = {"image_size": 12, "patch_size": 2, "embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2]}
 SIX = {**TINY_SWIN, "image_size": 24, "window_size": 6, "encoder_stride": 4}
 WINDOWS = [(6, 7), (7, 12), (7, 6), (12, 7), (3, 4)]
 

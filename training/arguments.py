@@ -20,9 +20,10 @@ class RecipeError(ValueError):
 
 def option(default: Any, text: str) -> Any:
     """A flag with its default and its help."""
+    metadata = {"help": text.replace("%", "%%")}  # argparse fills in what a single one names
     if isinstance(default, list):
-        return field(default_factory=default.copy, metadata={"help": text})
-    return field(default=default, metadata={"help": text})
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 @dataclass
@@ -63,7 +64,31 @@ class HubArguments:
 
 
 @dataclass
-class RunArguments:
+class CheckedArguments:
+    """Flags whose types and values are checked; the subclass names those that must lie in a common range."""
+
+    AT_LEAST_1: ClassVar = ()
+    POSITIVE: ClassVar = ()
+    NOT_NEGATIVE: ClassVar = ()
+    FRACTIONS: ClassVar = ()
+
+    def __post_init__(self):
+        check_types(self)
+        self._check("at least 1", lambda value: value >= 1, *self.AT_LEAST_1)
+        self._check("positive", lambda value: value > 0, *self.POSITIVE)
+        self._check("0 or more", lambda value: value >= 0, *self.NOT_NEGATIVE)
+        self._check("above 0 and at most 1", lambda value: 0 < value <= 1, *self.FRACTIONS)
+
+    def _check(self, words: str, holds: Callable[[float], bool], *names: str) -> None:
+        """Refuses the fields that are set and for which something does not hold."""
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and not holds(value):
+                raise RecipeError(f"{name}={value} must be {words}")
+
+
+@dataclass
+class RunArguments(CheckedArguments):
     """What every training has: its folder, its batches, the machine, and how often something is kept or shown."""
 
     output_dir: str | None = option(
@@ -86,8 +111,6 @@ class RunArguments:
     image_std: list[float] | None = option(
         None, "Per channel, in 0..1; default: the checkpoint's, else ImageNet's for 3 channels, else 0.5."
     )
-    evaluation_crop_ratio: float = option(0.875, "Images are tested resized to size / ratio and cropped; 1: whole.")
-
     mixed_precision: Literal["no", "fp16", "bf16"] | None = option(None, "Default: accelerate's.")
     torch_compile: bool = option(False, "Compile the model; pays on a GPU.")
     use_cpu: bool = option(False, "Train on the CPU even if there is a GPU.")
@@ -104,19 +127,8 @@ class RunArguments:
     report_to: str = option("tensorboard", "Any Accelerate tracker, several with commas, or none.")
 
     def __post_init__(self):
-        check_types(self)
-        self._check("at least 1", lambda value: value >= 1, *self.AT_LEAST_1)
-        self._check("positive", lambda value: value > 0, *self.POSITIVE)
-        self._check("0 or more", lambda value: value >= 0, *self.NOT_NEGATIVE)
-        self._check("above 0 and at most 1", lambda value: 0 < value <= 1, "evaluation_crop_ratio")
+        super().__post_init__()
         self._check("at least 2", lambda value: value >= 2, "checkpoints_total_limit")
-
-    def _check(self, words: str, holds: Callable[[float], bool], *names: str) -> None:
-        """Refuses the fields that are set and for which something does not hold."""
-        for name in names:
-            value = getattr(self, name)
-            if value is not None and not holds(value):
-                raise RecipeError(f"{name}={value} must be {words}")
 
     AT_LEAST_1: ClassVar = (
         "per_device_train_batch_size",
@@ -132,7 +144,16 @@ class RunArguments:
 
 
 @dataclass
-class PretrainingArguments(RunArguments):
+class CropArguments(RunArguments):
+    """What every script has that tests on whole images of one size."""
+
+    evaluation_crop_ratio: float = option(0.875, "Images are tested resized to size / ratio and cropped; 1: whole.")
+
+    FRACTIONS: ClassVar = (*RunArguments.FRACTIONS, "evaluation_crop_ratio")
+
+
+@dataclass
+class PretrainingArguments(CropArguments):
     """Optimisation (Sec. 5.1 and the official MAE's recipe), and the probe that watches it."""
 
     num_train_epochs: float = option(200.0, "Passes over the images.")
@@ -201,6 +222,9 @@ def parse_arguments(
     config_classes: Sequence[type[PreTrainedConfig]],
     default_recipe: Path,
     description: str,
+    *,
+    places: Sequence[str] = PLACES,
+    data_keys: Collection[str] = DATA_KEYS,
 ) -> tuple[list[Any], dict[str, Any], Path]:
     """The recipe named by --config (or the default one) with the flags on top.
 
@@ -208,6 +232,7 @@ def parse_arguments(
         argv: the command line; None = the process's.
         groups: dataclasses whose fields are the flags.
         config_classes: the models' configurations, whose fields are flags as well.
+        places, data_keys: a flag of the former replaces all of the latter that the recipe names.
 
     Returns:
         One instance per group, the model configuration's fields that recipe or flags set, and the recipe's path.
@@ -222,8 +247,8 @@ def parse_arguments(
     recipe_path = Path(flag_value(argv, "config") or default_recipe)
     recipe = read_recipe(recipe_path)
     check_recipe(recipe, groups, fields)
-    if any(flag_value(argv, place) is not None for place in PLACES):
-        recipe = {key: value for key, value in recipe.items() if key not in DATA_KEYS}
+    if any(flag_value(argv, place) is not None for place in places):
+        recipe = {key: value for key, value in recipe.items() if key not in data_keys}
     if flag_value(argv, "preset") is not None:
         recipe.pop("model_name_or_path", None)
     parser.set_defaults(**{key: value for key, value in recipe.items() if key not in fields})

@@ -8,7 +8,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import gather_object
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..data.classification import ClassificationLoader
+from ..data.supervised import TrainingLoader
 from ..data.words import some
 from .jsonl import append_jsonl, keep_jsonl, read_jsonl
 
@@ -27,7 +27,7 @@ class BadImageLimit(TrainerCallback):
         max_fraction: of all training images.
     """
 
-    def __init__(self, loader: ClassificationLoader, max_fraction: float):
+    def __init__(self, loader: TrainingLoader, max_fraction: float):
         self._loader, self._max_fraction = loader, max_fraction
         self._count = 0
 

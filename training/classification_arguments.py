@@ -5,7 +5,8 @@ from typing import ClassVar, Literal
 
 from ..data.arguments import DataArguments
 from ..evaluation.robustness import CORRUPTIONS
-from .arguments import RecipeError, RunArguments, option
+from .arguments import CropArguments, RecipeError, option
+from .downstream_arguments import DownstreamArguments
 
 ALL_CORRUPTIONS = "all"
 
@@ -45,23 +46,14 @@ class ClassificationDataArguments(DataArguments):
 
 
 @dataclass
-class ClassificationArguments(RunArguments):
+class ClassificationArguments(DownstreamArguments, CropArguments):
     """One task, and its optimisation: fine-tuning as He et al. 2022, Table 9; linear probing as Table 10."""
 
     task: Literal["finetune", "linear_probe", "knn", "evaluate"] = option("finetune", "What is done with the model.")
-    untrained: bool = option(
-        False, "Take only the architecture of --model_name_or_path, with random weights: the control."
-    )
-    per_device_eval_batch_size: int | None = option(None, "Default: that of training.")
-    num_train_epochs: float = option(100.0, "Passes over the training images.")
     warmup_epochs: float = option(5.0, "Linear from warmup_learning_rate.")
     min_learning_rate: float = option(1e-6, "Where the half-cosine ends.")
-    evaluation_epochs: float = option(1.0, "Evaluate every so many epochs.")
 
     base_learning_rate: float = option(1e-3, "Fine-tuning: lr = base_learning_rate * batch / 256.")
-    layer_decay: float = option(0.75, "Fine-tuning: the learning rate of each block, over that of the next.")
-    adam_beta1: float = option(0.9, "Fine-tuning: AdamW.")
-    adam_beta2: float = option(0.999, "Fine-tuning: AdamW.")
     auto_augment: str = option("rand-m9-mstd0.5-inc1", "Fine-tuning: RandAugment in timm's notation, or none.")
     random_erasing: float = option(0.25, "Fine-tuning: probability of erasing a rectangle.")
     mixup: float = option(0.8, "Fine-tuning: alpha of mixup; 0: off.")
@@ -78,13 +70,18 @@ class ClassificationArguments(RunArguments):
     knn_k: list[int] = option([10, 20, 100, 200], "k-NN: neighbours that vote.")
     knn_temperature: float = option(0.07, "k-NN: a neighbour votes with exp(similarity / temperature).")
 
-    AT_LEAST_1: ClassVar = (*RunArguments.AT_LEAST_1, "per_device_eval_batch_size")
-    POSITIVE: ClassVar = (*RunArguments.POSITIVE, "num_train_epochs", "base_learning_rate", "knn_temperature")
-    NOT_NEGATIVE: ClassVar = (*RunArguments.NOT_NEGATIVE, "warmup_epochs", "min_learning_rate", "mixup", "cutmix")
+    POSITIVE: ClassVar = (*DownstreamArguments.POSITIVE, "base_learning_rate", "knn_temperature")
+    NOT_NEGATIVE: ClassVar = (
+        *DownstreamArguments.NOT_NEGATIVE,
+        "warmup_epochs",
+        "min_learning_rate",
+        "mixup",
+        "cutmix",
+    )
+    FRACTIONS: ClassVar = (*DownstreamArguments.FRACTIONS, *CropArguments.FRACTIONS)
 
     def __post_init__(self):
         super().__post_init__()
-        self._check("above 0 and at most 1", lambda value: 0 < value <= 1, "layer_decay")
         self._check("in 0..1, below 1", lambda value: 0 <= value < 1, "label_smoothing", "ema_decay")
         self._check("in 0..1", lambda value: 0 <= value <= 1, "random_erasing")
         if self.task == "linear_probe" and self.max_grad_norm is not None:

@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, SwinConfig, ViTMAECo
 from ..configuration_mimae import MIMAEConfig
 from ..configuration_misimmim import MISimMIMConfig
 from ..modeling_mimae import MIMAEForImageClassification, MIMAEForPreTraining, MIMAEModel
+from ..modeling_mimae_backbone import MIMAEBackbone
 from ..modeling_misimmim import MISimMIMForImageClassification, MISimMIMForPreTraining, MISimMIMModel
 from .arguments import RecipeError, config_fields
 from .geometry import fit_swin_tables, fit_vit_positions, padding_remark
@@ -20,11 +21,13 @@ class Family:
     """A kind of model.
 
     config_class, encoder_class, pretraining_class, classification_class: its classes.
+    backbone_class: the encoder for dense prediction; None where there is none.
     stock_config_class: of transformers' own model, whose defaults hold where a checkpoint's config.json is silent.
     pretraining_types: `model_type`s of the checkpoints that pre-training can start from.
     downstream_types: of those that have an encoder for it.
     size_fields: where these differ, a checkpoint's weights do not fit in pre-training.
     free_fields: what a downstream recipe may set although the checkpoint says otherwise.
+    dense_fields: the same, of the backbone alone.
     geometry_fields: those of them for which a checkpoint's weights are made to fit, by
     fit_weights: of a state dict, the configuration that it is of, and the one that it is to fit.
     stock_fields: what follows from a stock checkpoint's fields, and from whether it is a classifier.
@@ -37,11 +40,13 @@ class Family:
     encoder_class: type[PreTrainedModel]
     pretraining_class: type[PreTrainedModel]
     classification_class: type[PreTrainedModel]
+    backbone_class: type[PreTrainedModel] | None
     stock_config_class: type[PreTrainedConfig]
     pretraining_types: tuple[str, ...]
     downstream_types: tuple[str, ...]
     size_fields: tuple[str, ...]
     free_fields: tuple[str, ...]
+    dense_fields: tuple[str, ...]
     geometry_fields: tuple[str, ...]
     fit_weights: Callable[[Mapping[str, torch.Tensor], PreTrainedConfig, PreTrainedConfig], Mapping[str, torch.Tensor]]
     stock_fields: Callable[[Mapping[str, Any], bool], dict[str, Any]]
@@ -67,6 +72,21 @@ class Family:
         if name is not None and name not in self.poolings:
             raise RecipeError(f"feature_pooling={name!r}: {self.name} has {', '.join(self.poolings)} alone")
         return name or self.usual_pooling
+
+    def check_task(self, fields: Iterable[str], is_dense: bool) -> None:
+        """Raises a RecipeError where models of this kind have no backbone for a dense task, or others no such fields.
+
+        What of the fields is the backbone's alone would change nothing in another model.
+        """
+        if is_dense and self.backbone_class is None:
+            raise RecipeError(
+                f"model_type {self.name!r} has no backbone for dense prediction; there is one for "
+                f"{', '.join(each.name for each in FAMILIES.values() if each.backbone_class)}"
+            )
+        if not is_dense and (foreign := sorted(set(fields) & set(self.dense_fields))):
+            raise RecipeError(
+                f"{', '.join(foreign)}: of a {self.name!r} for segmentation and detection alone: leave them out"
+            )
 
     def check_fields(self, fields: Iterable[str]) -> None:
         """Raises a RecipeError that names the fields which models of this kind do not have, and those which do."""
@@ -108,6 +128,7 @@ MIMAE = Family(
     encoder_class=MIMAEModel,
     pretraining_class=MIMAEForPreTraining,
     classification_class=MIMAEForImageClassification,
+    backbone_class=MIMAEBackbone,
     stock_config_class=ViTMAEConfig,
     pretraining_types=("mimae", "vit_mae"),
     downstream_types=("mimae", "vit_mae", "vit"),
@@ -134,6 +155,13 @@ MIMAE = Family(
         "attention_probs_dropout_prob",
         "layer_norm_eps",
     ),
+    dense_fields=(
+        "use_relative_position_bias",
+        "use_relative_position_embeddings",
+        "window_size",
+        "global_attention_indexes",
+        "add_fpn",
+    ),
     geometry_fields=("image_size",),
     fit_weights=fit_vit_positions,
     stock_fields=_stock_vit_fields,
@@ -148,6 +176,7 @@ MISIMMIM = Family(
     encoder_class=MISimMIMModel,
     pretraining_class=MISimMIMForPreTraining,
     classification_class=MISimMIMForImageClassification,
+    backbone_class=None,
     stock_config_class=SwinConfig,
     pretraining_types=("misimmim", "swin"),
     downstream_types=("misimmim", "swin"),
@@ -172,6 +201,7 @@ MISIMMIM = Family(
         "attention_probs_dropout_prob",
         "layer_norm_eps",
     ),
+    dense_fields=(),
     geometry_fields=("image_size", "window_size", "mask_patch_size"),
     fit_weights=fit_swin_tables,
     stock_fields=_stock_swin_fields,

@@ -63,6 +63,18 @@ class WarmupCosine(WarmupSchedule):
 
 
 @dataclass(frozen=True, kw_only=True)
+class WarmupPolynomial(WarmupSchedule):
+    """After the warm-up (1 - progress) ** `power` of the way to `final` is left: mmsegmentation's "poly"."""
+
+    power: float = 1.0
+    final: float = 0.0
+
+    def after_warmup(self, step: int) -> float:
+        progress = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
+        return self.final + (self.peak - self.final) * (1 - min(1.0, progress)) ** self.power
+
+
+@dataclass(frozen=True, kw_only=True)
 class WarmupMultiStep(WarmupSchedule):
     """After the warm-up `peak`, times `gamma` from each of the steps `milestones` on, as in the official SimMIM."""
 
@@ -113,12 +125,12 @@ def layer_decay_groups(model: nn.Module, *, weight_decay: float, layer_decay: fl
     """Parameter groups whose learning rate falls with the distance from the head.
 
     lr_scale = layer_decay ** (depth + 1 - layer). The embeddings are layer 0 and block i, counted over all stages, is
-    layer i + 1; what follows the blocks, the last norm included, has scale 1 (facebookresearch/mae, util/lr_decay.py,
-    and microsoft/SimMIM, optimizer.py; timm's own rule counts the last norm to the last block). As there, vectors do
-    not decay, nor what the model exempts.
+    layer i + 1; what follows the blocks, last norm, feature pyramid and heads, has scale 1 (facebookresearch/mae,
+    util/lr_decay.py, and microsoft/SimMIM, optimizer.py; timm's own rule counts the last norm to the last block). As
+    there, vectors do not decay, nor what the model exempts.
 
     Args:
-        model: has `no_weight_decay()`, and its encoder as `base_model`, which has `modules_by_depth()`.
+        model: see `encoder_and_undecayed`; its encoder has `modules_by_depth()`.
         weight_decay: of the parameters that do decay.
         layer_decay: in (0, 1]; with 1 all layers learn alike.
 
@@ -132,7 +144,8 @@ def layer_decay_groups(model: nn.Module, *, weight_decay: float, layer_decay: fl
     """
     if not 0 < layer_decay <= 1:
         raise ValueError(f"layer_decay={layer_decay} must be above 0 and at most 1 (1: all layers learn alike)")
-    layers, undecayed = model.base_model.modules_by_depth(), model.no_weight_decay()
+    encoder, undecayed = encoder_and_undecayed(model)
+    layers = encoder.modules_by_depth()
     layer_of = {id(parameter): layer for layer, module in enumerate(layers) for parameter in module.parameters()}
     groups: dict[tuple[float, float], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
@@ -143,6 +156,17 @@ def layer_decay_groups(model: nn.Module, *, weight_decay: float, layer_decay: fl
         group = groups.setdefault((scale, decay), {"params": [], "lr_scale": scale, "weight_decay": decay})
         group["params"].append((name, parameter))
     return sorted(groups.values(), key=lambda group: -group["lr_scale"])
+
+
+def encoder_and_undecayed(model: nn.Module) -> tuple[nn.Module, set[str]]:
+    """The encoder in a model, and the names of what does not decay although it has more than one dimension.
+
+    A dense model has its encoder as `backbone`, whose `no_weight_decay()` counts, as the class around it may be
+    transformers' own; any other as `base_model`, and has `no_weight_decay()` itself.
+    """
+    if hasattr(model, "backbone"):
+        return model.backbone, {f"backbone.{name}" for name in model.backbone.no_weight_decay()}
+    return model.base_model, model.no_weight_decay()
 
 
 def schedule_as_lambda(optimizer: torch.optim.Optimizer, schedule: WarmupSchedule) -> LambdaLR:

@@ -21,13 +21,22 @@ class StartingModel:
         model_type: of the family; None = the checkpoint's, or MI-MAE's where there is none.
         preset: a size, where there is no checkpoint.
         fields: of the model's configuration, as a recipe has them.
+        is_dense: whether the task needs a backbone.
 
     Raises:
-        RecipeError: path, model type and preset contradict each other.
+        RecipeError: path, model type and preset contradict each other, or do not suit the task.
         UnfitCheckpointError: see `Checkpoint`.
     """
 
-    def __init__(self, path: str | None, *, model_type: str | None, preset: str | None, fields: Mapping[str, Any]):
+    def __init__(
+        self,
+        path: str | None,
+        *,
+        model_type: str | None,
+        preset: str | None,
+        fields: Mapping[str, Any],
+        is_dense: bool = False,
+    ):
         if path is not None and preset is not None:
             raise RecipeError(f"--model_name_or_path {path} says how the model is built: leave --preset out")
         self.preset, self.fields = preset, fields
@@ -39,6 +48,7 @@ class StartingModel:
                 f"model_type={model_type!r}, but {path} is a {self.checkpoint.model_type!r} model: leave model_type "
                 "out, or take another checkpoint"
             )
+        self.family.check_task(fields, is_dense)
 
     def config(self, labels: Mapping[str, Any] | None = None, **overrides: Any) -> PreTrainedConfig:
         """The checkpoint's configuration, or that of the recipe alone, with the recipe's fields and these on top.

@@ -6,6 +6,7 @@ of its weights, and the sizes of images and windows, for which they are made to 
 
 import json
 import logging
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,6 +23,8 @@ MODEL_TYPES = tuple(name for family in FAMILIES.values() for name in family.down
 # fields of a config.json that describe the file, not the model
 FILE_FIELDS = ("architectures", "auto_map", "model_type", "transformers_version", "dtype")
 HEAD_KEYS = ("classifier.", "fc_norm.")
+# of a backbone, beside an encoder's
+BACKBONE_KEYS = re.compile(r"fpn\.|layers\.\d+\.attention\.relative_position")
 LAST_NORM = ("layernorm.weight", "layernorm.bias")
 
 
@@ -84,7 +87,8 @@ class Checkpoint:
         clashes = [
             f"{name}: {getattr(there, name)} there, {value} in the recipe"
             for name, value in overrides.items()
-            if name not in self.family.free_fields and _as_json(getattr(there, name)) != _as_json(value)
+            if name not in (*self.family.free_fields, *self.family.dense_fields)
+            and _as_json(getattr(there, name)) != _as_json(value)
         ]
         if clashes:
             raise UnfitCheckpointError(
@@ -101,7 +105,10 @@ class Checkpoint:
         attn_implementation: str | None = None,
         with_head: bool = False,
     ) -> PreTrainedModel:
-        """The model in float32, with this checkpoint's weights and a new head where it has none that fits.
+        """The model in float32, with this checkpoint's weights.
+
+        A head is new where it has none that fits; so are a backbone's pyramid and relative positions. The log names
+        what is new.
 
         Args:
             config: from `config`; where its images or windows are of another size, weights are made to fit, and the
@@ -127,7 +134,7 @@ class Checkpoint:
         except SafetensorError as error:
             raise UnfitCheckpointError(f"the weights of {self.path} cannot be read: {error}") from error
         unfit = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
-        if lacking := [key for key in unfit if with_head or not key.startswith(HEAD_KEYS)]:
+        if lacking := [key for key in unfit if with_head or not _may_be_new(key)]:
             hint = (
                 ". (A classifier on averaged patches has no last LayerNorm: take the checkpoint that it was made from)"
                 if all(key.endswith(LAST_NORM) for key in lacking)
@@ -136,13 +143,20 @@ class Checkpoint:
             raise UnfitCheckpointError(
                 f"{self.path} lacks some weights, or has them in another shape: {some(lacking)}{hint}"
             )
-        if unfit:
+        if any(key.startswith(HEAD_KEYS) for key in unfit):
             logger.info("%s has no head that fits: a new one starts from random weights", self.path)
+        new = {key for key in unfit if BACKBONE_KEYS.match(key)}
         if any(_as_json(getattr(config, name)) != _as_json(value) for name, value in geometry.items()):
             config._attn_implementation = model.config._attn_implementation
             state = self.family.fit_weights(model.state_dict(), there, config)
             model = model_class(config)
-            model.load_state_dict(state)
+            drawn = model.state_dict()
+            # relative positions of another grid
+            new |= {key for key in state if BACKBONE_KEYS.match(key) and state[key].shape != drawn[key].shape}
+            model.load_state_dict({**state, **{key: drawn[key] for key in new}})
+        if new:
+            names = sorted({re.sub(r"\.\d+\.", ".*.", key) for key in new})
+            logger.info("new, as %s has no weights for it: %s", self.path, ", ".join(names))
         return model
 
     def _config_there(self) -> PreTrainedConfig:
@@ -157,6 +171,10 @@ class Checkpoint:
             logger.info("%s has no image processor: the mean and deviation of its images are not known", self.path)
             return None, None
         return list(processor.image_mean), list(processor.image_std)
+
+
+def _may_be_new(key: str) -> bool:
+    return key.startswith(HEAD_KEYS) or BACKBONE_KEYS.match(key) is not None
 
 
 def _as_json(value: Any) -> Any:
