@@ -272,7 +272,6 @@ def test_the_default_is_vitdet_b():
     windows = [layer.attention.window_size for layer in model.backbone.layers]
     assert [i for i, side in enumerate(windows) if side is None] == [2, 5, 8, 11]
     assert {side for side in windows if side is not None} == {14}
-    assert round(sum(each.numel() for each in model.parameters()) / 1e6) == 114
 
 
 def test_layer_decay_reaches_the_encoder_and_leaves_the_rest_at_full_rate():
