@@ -4,8 +4,8 @@
     swin        of a Swin, the same: a stock SwinModel, or SwinForImageClassification
     timm        OUT.safetensors or OUT.pth for `timm.create_model(…, checkpoint_path=OUT)`, or a folder as its Hub has
     mae         OUT.pth with the names of the official MAE, which ViTDet and mmsegmentation read
-    detectron2  OUT.pth with the encoder under the names of detectron2's ViTDet, to start a detector there
     mimae       a folder of this project, from whatever CHECKPOINT is
+    detectron2  OUT.pth with the encoder under the names of detectron2's ViTDet, to start a detector there
 
 CHECKPOINT is a folder or a Hub name of this project, of a ViTMAE or of a stock Swin, or a file with the names of the
 official MAE or of timm. What is written is read back as its users will, and compared with the checkpoint on random
@@ -78,7 +78,7 @@ def export_checkpoint(
     Args:
         checkpoint: folder, Hub name or file; see `load_source`.
         out: folder or file; see `export`.
-        to: "vit", "swin", "timm", "mae", "detectron2" or "mimae".
+        to: "vit", "swin", "timm", "mae", "mimae" or "detectron2".
         overwrite: replace an earlier export.
         known: of a file, what its shapes do not tell; see `load_source`.
 
@@ -126,7 +126,7 @@ def export(source: Source, out: str | os.PathLike, to: str, *, overwrite: bool =
 
     Args:
         out: a folder; a `.pth` file for "mae" and "detectron2"; either, or a `.safetensors` file, for "timm".
-        to: "vit", "swin", "timm", "mae", "detectron2" or "mimae".
+        to: "vit", "swin", "timm", "mae", "mimae" or "detectron2".
         overwrite: replace an earlier export, but no folder that holds anything else.
 
     Raises:

@@ -264,8 +264,8 @@ FORMATS: dict[str, Format] = {
     "swin": Stock("misimmim"),
     "timm": Timm(),
     "mae": OfficialMAE(),
-    "detectron2": Detectron2(),
     "mimae": Mimae(),
+    "detectron2": Detectron2(),
 }
 # model_type → the format that is transformers' own model
 STOCK_FORMATS = {"mimae": "vit", "misimmim": "swin"}

@@ -219,8 +219,8 @@ def test_pictures_of_any_size_and_many_classes_are_written(tmp_path):
 def test_a_picture_shows_truth_prediction_and_what_is_ignored(tmp_path):
     image, prediction, reference = scene()
     pictures = []
-    for number, labels in enumerate((prediction, reference.clamp(max=1), torch.where(reference == 255, 1, 0))):
-        save_segmentations([image], [labels], [reference], ["a", "b"], tmp_path / f"{number}.png")
+    for number, labels in enumerate((prediction, reference.clamp(max=1), torch.where(reference == 255, 2, 0))):
+        save_segmentations([image], [labels], [reference], ["a", "b", "c"], tmp_path / f"{number}.png")
         pictures.append(np.asarray(Image.open(tmp_path / f"{number}.png").convert("RGB")))
     assert not np.array_equal(pictures[0], pictures[1])  # the right half of the prediction is of another class
     assert np.array_equal(pictures[0], pictures[2])  # what is predicted for ignored pixels makes no difference
