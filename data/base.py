@@ -5,19 +5,20 @@ Shapes: n images in the source; H, W, C height, width and channels of one image.
 
 import hashlib
 from abc import ABC, abstractmethod
+from typing import Any
 
 import numpy as np
 
+Row = tuple[bytes | np.ndarray, Any]
 
-class ImageSource(ABC):
-    """A finite, indexable set of images that have not been decoded yet.
+
+class RowSource(ABC):
+    """A finite, indexable set of images that have not been decoded yet, each with what is known of it.
 
     Attributes:
         name: what people call the images, for messages.
         block_sizes: int64 (blocks,), rows of each block in global index order; a block is what is read at one go.
             A source whose rows can be read one by one is a single block.
-        label_names: names of the classes in label order, or None.
-        has_labels: whether `read` returns a label.
         reads_blocks: whether a row costs as much as its whole block, so that a loader should call `read_block`.
         fingerprint: hex digest of what identifies the data wherever it lies; a resumed run compares it.
 
@@ -26,8 +27,6 @@ class ImageSource(ABC):
 
     name: str
     block_sizes: np.ndarray
-    label_names: list[str] | None = None
-    has_labels: bool = False
     reads_blocks: bool = False
     fingerprint: str
 
@@ -35,8 +34,8 @@ class ImageSource(ABC):
         return int(self.block_sizes.sum())
 
     @abstractmethod
-    def read(self, index: int) -> tuple[bytes | np.ndarray, int | None]:
-        """Returns the row as (encoded bytes or uint8 array (H, W) or (H, W, C), label or None)."""
+    def read(self, index: int) -> Row:
+        """Returns a row: the image as encoded bytes or as uint8 (H, W) or (H, W, C), and what is known of it."""
 
     @abstractmethod
     def describe(self, index: int) -> str:
@@ -50,9 +49,21 @@ class ImageSource(ABC):
         """Returns the block that holds each index: int64, the shape of `indices`."""
         return np.searchsorted(np.cumsum(self.block_sizes), indices, side="right")
 
-    def read_block(self, block: int, rows: np.ndarray) -> list[tuple[bytes | np.ndarray, int | None]]:
+    def read_block(self, block: int, rows: np.ndarray) -> list[Row]:
         """Reads the given rows (global indices, ascending) of a block: a list of what `read` returns."""
         return [self.read(row) for row in rows.tolist()]
+
+
+class ImageSource(RowSource):
+    """A `RowSource` of images that have a label, or none: of them `read` returns (image, label or None).
+
+    Attributes:
+        label_names: names of the classes in label order, or None.
+        has_labels: whether `read` returns a label.
+    """
+
+    label_names: list[str] | None = None
+    has_labels: bool = False
 
     def labels(self) -> np.ndarray:
         """Returns the label of every row, without decoding an image: int64 (n,), none negative.

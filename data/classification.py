@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import Dataset
 
 from .augmentation import Mixing, Transform
-from .base import ImageSource
+from .base import ImageSource, Row
 from .decoding import BadImageError, decode_image
 from .loaders import BatchPlan, OrderedSamples
 from .order import augmentation_seed, mixing_seed
@@ -116,7 +116,7 @@ class LabelledSamples(OrderedSamples):
         super().__init__(source, plan, **options)
         self.label_map, self.bad_images = label_map, BadImages(source, "replaced")
 
-    def _sample(self, epoch: int, index: int, row: tuple[bytes | np.ndarray, int | None]) -> LabelledSample:
+    def _sample(self, epoch: int, index: int, row: Row) -> LabelledSample:
         decoded = self._decode_or_substitute(index, row)
         if decoded.reason is not None:
             self.bad_images.add(index)

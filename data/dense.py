@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.data import Dataset
 
-from .base import ImageSource
+from .base import Row, RowSource
 from .decoding import BadImageError
-from .loaders import OrderedSamples, Row
+from .loaders import OrderedSamples
 from .order import augmentation_seed
 from .randomness import random_state_kept, seed_random_state
 from .supervised import BadImages, SupervisedLoader, TrainingLoader
@@ -21,8 +21,8 @@ from .supervised import BadImages, SupervisedLoader, TrainingLoader
 DenseTransform = Callable[[torch.Tensor, Any], tuple[torch.Tensor, Any]]
 
 
-class DenseSource(ImageSource):
-    """An `ImageSource` whose rows are (encoded image, annotation), and which knows what an annotation means.
+class DenseSource(RowSource):
+    """A `RowSource` whose rows are (encoded image, annotation), and which knows what an annotation means.
 
     Attributes:
         class_names: of the K classes, in the order of the model's.

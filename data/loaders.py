@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from .base import ImageSource
+from .base import ImageSource, Row, RowSource
 from .decoding import BadImageError, decode_image
 from .order import SampleOrder, augmentation_seed, sample_noise
 from .randomness import random_state_kept, seed_random_state
@@ -29,9 +29,6 @@ from .randomness import random_state_kept, seed_random_state
 logger = logging.getLogger(__name__)
 
 MOST_BAD_IN_A_ROW = 1000  # with more, a file is given up
-
-# what a source reads: an encoded image, or its pixels, and what the source knows of it
-Row = tuple[bytes | np.ndarray, Any]
 
 
 class BatchRequest(NamedTuple):
@@ -95,11 +92,11 @@ class BlockReader:
     2 x max(shuffle_window, largest block) encoded images, and in each worker the one block that was read last.
     """
 
-    def __init__(self, source: ImageSource, plan: BatchPlan):
+    def __init__(self, source: RowSource, plan: BatchPlan):
         self.source, self.plan = source, plan
-        self.kept: dict[int, tuple[bytes, int | None]] = {}
+        self.kept: dict[int, Row] = {}
 
-    def __call__(self, request: BatchRequest) -> list[tuple[bytes, int | None]]:
+    def __call__(self, request: BatchRequest) -> list[Row]:
         indices = self.plan.rows(request)
         missing = [index for index in indices.tolist() if index not in self.kept]
         if missing:
@@ -123,7 +120,7 @@ class DecodedRow(NamedTuple):
 
 
 def decode_or_substitute(
-    source: ImageSource, index: int, row: Row, decode: Callable[[int, Row], tuple[torch.Tensor, Any]]
+    source: RowSource, index: int, row: Row, decode: Callable[[int, Row], tuple[torch.Tensor, Any]]
 ) -> DecodedRow:
     """Decodes a row that was read; in the place of a bad one stands the next good one of its file.
 
@@ -163,7 +160,7 @@ class OrderedSamples(Dataset, ABC):
 
     def __init__(
         self,
-        source: ImageSource,
+        source: RowSource,
         plan: BatchPlan,
         *,
         transform: Callable[..., Any],

@@ -44,10 +44,19 @@ JPEG_QUALITY = 95
 
 
 class Object(NamedTuple):
-    """A sprite in a scene: its class, and which pixels of it are seen, bool (S, S)."""
+    """A sprite in a scene: its class, which pixels of it are seen, bool (S, S), and how many it has in all."""
 
     label: int
     visible: np.ndarray
+    num_pixels: int
+
+    def behind(self, shape: np.ndarray) -> "Object":
+        """The same with another sprite of this shape before it."""
+        return self._replace(visible=self.visible & ~shape)
+
+    def is_recognisable(self) -> bool:
+        """Whether enough of it is seen."""
+        return self.visible.sum() >= LEAST_VISIBLE * self.num_pixels
 
 
 class SceneComposer:
@@ -78,12 +87,12 @@ class SceneComposer:
                 window = np.s_[top : top + len(grey), left : left + len(grey)]
                 shape = np.zeros((self.scene_size, self.scene_size), dtype=bool)
                 shape[window] = silhouette
-                if all(np.sum(other.visible & ~shape) >= other.whole * LEAST_VISIBLE for other in objects):
+                others = [other.behind(shape) for other in objects]
+                if all(other.is_recognisable() for other in others):
                     scene[window][silhouette] = grey[silhouette, None] * random.uniform(0.4, 1.0, size=3)
-                    objects = [other.behind(shape) for other in objects]
-                    objects.append(_Placed(label, shape, shape.sum()))
+                    objects = [*others, Object(label, shape, int(shape.sum()))]
                     break
-        return scene, [Object(placed.label, placed.visible) for placed in objects]
+        return scene, objects
 
     def _background(self, random: np.random.Generator) -> np.ndarray:
         photograph = self.backgrounds[random.integers(len(self.backgrounds))]
@@ -102,17 +111,6 @@ class SceneComposer:
         grey = np.array(Image.fromarray(grey).resize((side, side), Image.Resampling.BICUBIC))
         enlarged = Image.fromarray(silhouette).convert("L").resize((side, side), Image.Resampling.BILINEAR)
         return label, grey, np.array(enlarged) >= 128
-
-
-class _Placed(NamedTuple):
-    """An object while the scene is being composed, and the pixels that it had before anything hid it."""
-
-    label: int
-    visible: np.ndarray
-    whole: int
-
-    def behind(self, shape: np.ndarray) -> "_Placed":
-        return self._replace(visible=self.visible & ~shape)
 
 
 def photographs(held_out: bool) -> list[np.ndarray]:
@@ -139,8 +137,8 @@ def compose_split(
         name = f"{index:06d}"
         Image.fromarray(scene).save(folder / "images" / split / f"{name}.jpg", quality=JPEG_QUALITY)
         classes = np.zeros((size, size), dtype=np.uint8)
-        for label, visible in objects:
-            classes[visible] = label + 1
+        for each in objects:
+            classes[each.visible] = each.label + 1
         Image.fromarray(classes).save(folder / "masks" / split / f"{name}.png")
         images.append({"id": index + 1, "file_name": f"{name}.jpg", "height": size, "width": size})
         annotations += coco_annotations(objects, image_id=index + 1, first_id=len(annotations) + 1)
@@ -156,7 +154,7 @@ def compose_split(
 
 def coco_annotations(objects: Sequence[Object], image_id: int, first_id: int) -> Iterator[dict[str, Any]]:
     """The annotations of a scene's objects, as COCO has them, with masks as counts of runs."""
-    for number, (label, visible) in enumerate(objects):
+    for number, (label, visible, _) in enumerate(objects):
         rows, columns = np.flatnonzero(visible.any(axis=1)), np.flatnonzero(visible.any(axis=0))
         top, left = int(rows[0]), int(columns[0])
         yield {

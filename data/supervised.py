@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from .base import ImageSource
+from .base import RowSource
 from .loaders import BatchPlan, BatchRequest, OrderedSamples, leave_stop_signals_to_the_caller
 from .order import SampleOrder
 
@@ -56,7 +56,7 @@ class TrainingLoader(SupervisedLoader):
     `accelerate.skip_first_batches`, which here reads nothing of what it skips.
 
     Args:
-        source: an `ImageSource` with targets.
+        source: an `RowSource` with targets.
         make_samples: from the plan of this process's batches, the samples that batches are made of.
         collate: of a list of samples, the batch.
         per_device_batch_size: B.
@@ -73,7 +73,7 @@ class TrainingLoader(SupervisedLoader):
 
     def __init__(
         self,
-        source: ImageSource,
+        source: RowSource,
         make_samples: Callable[[BatchPlan], OrderedSamples],
         collate: Callable[[list[Any]], Any],
         *,
@@ -132,7 +132,7 @@ class EpochRequests:
 class BadImages:
     """Which images could not be decoded, in memory that the workers share: one flag for each image of the source."""
 
-    def __init__(self, source: ImageSource, consequence: str):
+    def __init__(self, source: RowSource, consequence: str):
         self.source, self.consequence = source, consequence
         self.flags = torch.zeros(len(source), dtype=torch.bool).share_memory_()
         self.warned = 0

@@ -1,10 +1,11 @@
 """Checkpoints in the formats of others, and theirs in ours: `python -m mimae.hub.export CHECKPOINT OUT --to FORMAT`.
 
-    vit     a folder with a stock ViTModel, or ViTForImageClassification, that transformers loads without our code
-    swin    of a Swin, the same: a stock SwinModel, or SwinForImageClassification
-    timm    OUT.safetensors or OUT.pth for `timm.create_model(…, checkpoint_path=OUT)`, or a folder as timm's Hub has
-    mae     OUT.pth with the names of the official MAE, which ViTDet and mmsegmentation read
-    mimae   a folder of this project, from whatever CHECKPOINT is
+    vit         a folder with a stock ViTModel, or ViTForImageClassification, that transformers loads by itself
+    swin        of a Swin, the same: a stock SwinModel, or SwinForImageClassification
+    timm        OUT.safetensors or OUT.pth for `timm.create_model(…, checkpoint_path=OUT)`, or a folder as its Hub has
+    mae         OUT.pth with the names of the official MAE, which ViTDet and mmsegmentation read
+    mimae       a folder of this project, from whatever CHECKPOINT is
+    detectron2  OUT.pth with the encoder under the names of detectron2's ViTDet, to start a detector there
 
 CHECKPOINT is a folder or a Hub name of this project, of a ViTMAE or of a stock Swin, or a file with the names of the
 official MAE or of timm. What is written is read back as its users will, and compared with the checkpoint on random
@@ -77,7 +78,7 @@ def export_checkpoint(
     Args:
         checkpoint: folder, Hub name or file; see `load_source`.
         out: folder or file; see `export`.
-        to: "vit", "swin", "timm", "mae" or "mimae".
+        to: "vit", "swin", "timm", "mae", "mimae" or "detectron2".
         overwrite: replace an earlier export.
         known: of a file, what its shapes do not tell; see `load_source`.
 
@@ -124,8 +125,8 @@ def export(source: Source, out: str | os.PathLike, to: str, *, overwrite: bool =
     classifier's logits are so small that anything would be near them.
 
     Args:
-        out: a folder; a `.pth` file for "mae"; either, or a `.safetensors` file, for "timm".
-        to: "vit", "swin", "timm", "mae" or "mimae".
+        out: a folder; a `.pth` file for "mae" and "detectron2"; either, or a `.safetensors` file, for "timm".
+        to: "vit", "swin", "timm", "mae", "mimae" or "detectron2".
         overwrite: replace an earlier export, but no folder that holds anything else.
 
     Raises:

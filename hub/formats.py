@@ -19,6 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..modeling_mim import MIMForImageClassificationMixin, MIMForPreTrainingMixin
+from .detectron2_vitdet import NET, detectron2_usage, save_detectron2
 from .official_mae import model_from_official, official_state, read_official_file
 from .stock import STOCK_MODELS
 from .timm_vit import TimmArchitecture, timm_architecture, timm_state
@@ -199,18 +200,40 @@ class OfficialMAE(Format):
         torch.save({"model": official_state(source.model)}, path)
 
     def read_back(self, source: Source, path: Path, images: torch.Tensor) -> list[Outputs]:
-        state, config = read_official_file(path), source.model.config
+        state, config = self.read(source, path), source.model.config
         fields = ("image_size", "num_attention_heads", "decoder_num_attention_heads", "layer_norm_eps")
         again = model_from_official(state, **{name: getattr(config, name) for name in fields})
         # pixels are compared on the same masked views
         again.config.update({name: getattr(config, name) for name in ("num_masks", "mask_ratio", "mask_strategy")})
         return [outputs(again, images), official_outputs(source, state, images)]
 
+    def read(self, source: Source, path: Path) -> dict[str, torch.Tensor]:
+        """The parameters at the path under the official names."""
+        return read_official_file(path)
+
     def usage(self, source: Source, path: Path) -> str:
         text = f'import torch\n\nstate = torch.load({str(path)!r}, weights_only=True)["model"]'
         if not source.architecture.has_timm_eps:
             text += f"  # for a model whose LayerNorms have eps={source.model.config.layer_norm_eps}"
         return text
+
+
+class Detectron2(OfficialMAE):
+    """A `.pth` file of the encoder for a detector of detectron2; see `detectron2_vitdet`."""
+
+    def write(self, source: Source, path: Path) -> None:
+        try:
+            save_detectron2(source.model, path)
+        except ValueError as error:
+            raise ExportError(str(error)) from error
+
+    def read(self, source: Source, path: Path) -> dict[str, torch.Tensor]:
+        """As there; what a detector has no use for is the source's."""
+        encoder = {name.removeprefix(NET): value for name, value in read_official_file(path).items()}
+        return {**official_state(source.model), **encoder}
+
+    def usage(self, source: Source, path: Path) -> str:
+        return detectron2_usage(source.model.config, path)
 
 
 class Mimae(Format):
@@ -242,6 +265,7 @@ FORMATS: dict[str, Format] = {
     "timm": Timm(),
     "mae": OfficialMAE(),
     "mimae": Mimae(),
+    "detectron2": Detectron2(),
 }
 # model_type → the format that is transformers' own model
 STOCK_FORMATS = {"mimae": "vit", "misimmim": "swin"}

@@ -58,7 +58,7 @@ _OURS_ALONE = ("approximator.", "mi_gate.")
 
 def official_state(model: MIMAEPreTrainedModel) -> dict[str, torch.Tensor]:
     """The model's parameters under the official names; the approximator V and the gate have none and stay behind."""
-    state = model.state_dict(prefix="vit." if isinstance(model, MIMAEModel) else "")
+    state = model.state_dict(prefix="" if hasattr(model, "vit") else "vit.")
     merged = {}
     for name, value in state.items():
         if name.startswith(_OURS_ALONE) or ".k_proj." in name or ".v_proj." in name:

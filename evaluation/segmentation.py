@@ -1,0 +1,183 @@
+"""Semantic segmentation: predictions by a sliding window, and the metrics that they are judged by.
+
+Shapes: B images, C channels, K classes, h, w height and width of what the model sees, H, W those of the original.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+
+import evaluate
+import numpy as np
+import torch
+import torch.nn.functional as F
+from datasets import Features, Value
+from datasets import Sequence as SequenceFeature
+
+from .metrics import _InMemoryMetric
+
+Predict = Callable[[torch.Tensor], torch.Tensor]
+
+
+class MeanIoU(_InMemoryMetric):
+    """Intersection over union, and accuracy, of label maps (H, W) of any sizes; `compute` counts pixels, not images.
+
+    What `add`, `add_batch` and `compute(predictions=..., references=...)` take is counted at once and not kept: label
+    maps of a whole data set fit no memory. In a run of several processes sum `confusion_matrix` before `compute`:
+
+        metric.confusion_matrix = accelerator.reduce(metric.confusion_matrix.to(accelerator.device)).cpu()
+
+    `compute` returns, as fractions in [0, 1], and begins anew:
+        mean_iou: over the classes that occur in truth or prediction.
+        mean_accuracy: share of a class's pixels that are right, over the classes that occur in the truth.
+        overall_accuracy: share of all pixels that are right.
+        per_class_iou: list of K; None for a class that does not occur.
+    These are mmsegmentation's mIoU, mAcc, aAcc and IoU (mmseg/evaluation/metrics/iou_metric.py).
+
+    Args:
+        num_classes: K.
+        ignore_index: of pixels of the truth that do not count.
+
+    Attributes:
+        confusion_matrix: int64 (K, K), pixels of true class (row) that were taken for a class (column).
+    """
+
+    def __init__(self, num_classes: int, ignore_index: int = 255):
+        super().__init__()
+        self.num_classes, self.ignore_index = num_classes, ignore_index
+        self.confusion_matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64)
+
+    def _info(self) -> evaluate.MetricInfo:
+        label_map = SequenceFeature(SequenceFeature(Value("int64")))
+        return evaluate.MetricInfo(
+            description="Mean intersection over union, mean and overall accuracy of semantic segmentation.",
+            citation="",
+            inputs_description="predictions, references: label maps (H, W)",
+            features=Features({"predictions": label_map, "references": label_map}),
+        )
+
+    def add(self, *, prediction: torch.Tensor | np.ndarray, reference: torch.Tensor | np.ndarray) -> None:
+        """Counts a label map, integers (H, W), against the truth.
+
+        Raises:
+            ValueError: the shapes differ; a class that is none of the K.
+        """
+        prediction, reference = (torch.as_tensor(labels).to(torch.int64) for labels in (prediction, reference))
+        if prediction.shape != reference.shape:
+            raise ValueError(f"a prediction of {tuple(prediction.shape)} for a truth of {tuple(reference.shape)}")
+        counted = reference != self.ignore_index
+        pairs = torch.stack([reference[counted], prediction[counted]])  # (2, pixels)
+        if pairs.numel() and not 0 <= pairs.min() <= pairs.max() < self.num_classes:
+            raise ValueError(
+                f"there are {self.num_classes} classes, but labels of {pairs.min()} to {pairs.max()}: correct "
+                "num_classes, or mark pixels without a class by ignore_index"
+            )
+        counts = torch.bincount(self.num_classes * pairs[0] + pairs[1], minlength=self.num_classes**2)  # (K²,)
+        self.confusion_matrix += counts.view_as(self.confusion_matrix).cpu()
+
+    def add_batch(self, *, predictions: Iterable, references: Iterable) -> None:
+        """Counts label maps as `add` does, one after another."""
+        for prediction, reference in zip(predictions, references, strict=True):
+            self.add(prediction=prediction, reference=reference)
+
+    def compute(
+        self, *, predictions: Iterable = (), references: Iterable = ()
+    ) -> dict[str, float | list[float | None]]:
+        """Counts what is given, and returns the metrics of all that was counted since the last time.
+
+        Raises:
+            ValueError: no pixel was counted.
+        """
+        self.add_batch(predictions=predictions, references=references)
+        counts = self.confusion_matrix.numpy()
+        self.confusion_matrix = torch.zeros_like(self.confusion_matrix)
+        return self._compute(counts)
+
+    def _compute(self, counts: np.ndarray) -> dict[str, float | list[float | None]]:
+        if not counts.any():
+            raise ValueError("no pixel to count: no label map was added, or all their pixels are ignored")
+        right, true, predicted = np.diag(counts), counts.sum(1), counts.sum(0)  # (K,) each
+        union = true + predicted - right
+        ious = [float(hits / area) if area else None for hits, area in zip(right, union, strict=True)]
+        return {
+            "mean_iou": float(np.mean([iou for iou in ious if iou is not None])),
+            "mean_accuracy": float(np.mean(right[true > 0] / true[true > 0])),
+            "overall_accuracy": float(right.sum() / true.sum()),
+            "per_class_iou": ious,
+        }
+
+
+def sliding_window_logits(
+    predict: Predict,
+    pixel_values: torch.Tensor,
+    *,
+    crop_size: int | Sequence[int],
+    stride: int | Sequence[int],
+    num_classes: int,
+) -> torch.Tensor:
+    """Logits of images of any size from a model of one size: windows at a stride, averaged where they overlap.
+
+    As mmsegmentation's `slide_inference`: the last windows are shifted back inside the image, and an image smaller
+    than a window is padded with zeros at the right and at the bottom. One window of all B images is predicted at a
+    time.
+
+    Args:
+        predict: (B, C, *crop_size) → logits (B, K, *crop_size).
+        pixel_values: (B, C, h, w), normalised.
+        crop_size: int or (height, width) of a window, pixels.
+        stride: int or (vertical, horizontal), pixels from a window to the next.
+        num_classes: K.
+
+    Returns:
+        float32 (B, K, h, w), on the device of `pixel_values`.
+
+    Raises:
+        ValueError: a stride that would leave gaps; logits of another shape.
+    """
+    crop_height, crop_width = np.broadcast_to(crop_size, 2).tolist()
+    strides = np.broadcast_to(stride, 2).tolist()
+    if not (0 < strides[0] <= crop_height and 0 < strides[1] <= crop_width):
+        raise ValueError(f"a stride of {stride} leaves gaps between windows of {crop_size}: take 1 to {crop_size}")
+    batch_size, _, height, width = pixel_values.shape
+    padding = (0, max(0, crop_width - width), 0, max(0, crop_height - height))
+    padded = F.pad(pixel_values, padding)  # (B, C, at least crop_height, at least crop_width)
+    total = padded.new_zeros(batch_size, num_classes, *padded.shape[2:], dtype=torch.float32)
+    count = padded.new_zeros(padded.shape[2:], dtype=torch.float32)
+    for top in _window_starts(padded.shape[2], crop_height, strides[0]):
+        for left in _window_starts(padded.shape[3], crop_width, strides[1]):
+            window = (..., slice(top, top + crop_height), slice(left, left + crop_width))
+            logits = predict(padded[window])
+            if logits.shape != total[window].shape:
+                raise ValueError(f"logits of {tuple(logits.shape)}, expected {tuple(total[window].shape)}")
+            total[window] += logits
+            count[window] += 1
+    return (total / count)[..., :height, :width]
+
+
+def _window_starts(length: int, window: int, stride: int) -> list[int]:
+    """Where windows begin along a side: at the stride, the last one as far back as it must be to fit."""
+    return [*range(0, length - window, stride), length - window]
+
+
+def segment(
+    predict: Predict,
+    pixel_values: torch.Tensor,
+    original_size: tuple[int, int],
+    *,
+    crop_size: int | Sequence[int],
+    stride: int | Sequence[int],
+    num_classes: int,
+) -> torch.Tensor:
+    """The class of each pixel of an image, at its original size; logits are resized bilinearly, then compared.
+
+    Args:
+        predict, crop_size, stride, num_classes: as in `sliding_window_logits`.
+        pixel_values: (C, h, w), normalised.
+        original_size: (H, W), pixels.
+
+    Returns:
+        class indices, int64 (H, W), on the device of `pixel_values`.
+    """
+    logits = sliding_window_logits(
+        predict, pixel_values[None], crop_size=crop_size, stride=stride, num_classes=num_classes
+    )  # (1, K, h, w)
+    resized = F.interpolate(logits, size=tuple(original_size), mode="bilinear", align_corners=False)
+    return resized[0].argmax(0)  # (1, K, H, W) → (H, W)
