@@ -16,7 +16,7 @@ from accelerate import PartialState
 from torch.utils.data import DataLoader
 from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedModel, TrainingArguments
 
-from ..data.base import ImageSource
+from ..data.base import RowSource
 from ..data.processor import channel_statistics
 from .arguments import HubArguments, ModelArguments, RunArguments
 from .bad_images import BadImageLimit
@@ -116,7 +116,7 @@ class DownstreamRun(ABC):
 
     @property
     @abstractmethod
-    def training_images(self) -> ImageSource:
+    def training_images(self) -> RowSource:
         """What is trained on."""
 
     @property
