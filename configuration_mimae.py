@@ -90,7 +90,9 @@ class MIMAEConfig(BackboneConfigMixin, MIMConfigMixin, ViTMAEConfig):
     ):
         depth = self.num_hidden_layers
         if self.add_fpn and out_features is None and out_indices is None:
-            out_indices = [depth // 3, depth // 2, 2 * depth // 3, depth]
+            out_indices = [round(depth / 3), depth // 2, round(2 * depth / 3), depth]
+            if len(set(out_indices)) < len(out_indices):
+                raise ValueError(f"add_fpn=True with {depth} blocks: name four of them by out_indices")
         self.set_output_features_output_indices(out_features=out_features, out_indices=out_indices)
         super().__post_init__(**kwargs)
 

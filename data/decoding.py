@@ -82,7 +82,7 @@ def _decode_file(encoded: bytes, num_channels: int) -> torch.Tensor:
         else:
             image.load()
             pixels = _eight_bit(image)
-        return _to_tensor(_on_white(_upright(pixels, image)), num_channels)
+        return _to_tensor(_on_white(upright(pixels, image)), num_channels)
 
 
 def _sixteen_bit_png(encoded: bytes) -> Image.Image:
@@ -107,7 +107,7 @@ def _scale_to_eight_bits(values: np.ndarray) -> np.ndarray:
     return ((values.astype(np.int64) + 128) // 257).astype(np.uint8)  # = round(v / 257): 257 is odd, there is no tie
 
 
-def _upright(pixels: Image.Image, opened: Image.Image) -> Image.Image:
+def upright(pixels: Image.Image, opened: Image.Image) -> Image.Image:
     """Turns `pixels` as the EXIF block of the opened file says."""
     try:
         pixels.info.update(exif=opened.getexif().tobytes())

@@ -20,7 +20,7 @@ from PIL import Image, UnidentifiedImageError
 from torchvision import tv_tensors
 
 from .base import ImageSource
-from .decoding import FORMATS, BadImageError, _upright, decode_image
+from .decoding import FORMATS, BadImageError, decode_image, upright
 from .dense import DenseSource
 from .hugging_face import DatasetSource, explained_access, find_columns
 from .sources import SPLIT_FOLDERS
@@ -71,9 +71,6 @@ class SegmentationSource(DenseSource):
 
     def describe(self, index: int) -> str:
         return self.images.describe(index)
-
-    def _stored_labels(self) -> np.ndarray:
-        raise NotImplementedError("each pixel has a class, the image has none")
 
     def decode(
         self, index: int, row: tuple[bytes, bytes], num_channels: int
@@ -265,7 +262,7 @@ def _turned_as(encoded: bytes, values: np.ndarray, size: tuple[int, int]) -> np.
     if values.shape == size:
         return values
     with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
-        turned = np.array(_upright(Image.fromarray(values.astype(np.int32)), image))
+        turned = np.array(upright(Image.fromarray(values.astype(np.int32)), image))
     if turned.shape != size:
         height, width = values.shape
         raise BadImageError(f"its mask is {width} x {height} pixels, the image {size[1]} x {size[0]} (width x height)")

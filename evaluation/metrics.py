@@ -28,7 +28,7 @@ def ranked_classes(logits: torch.Tensor, k: int = TOP) -> torch.Tensor:
     return logits.topk(min(k, logits.shape[-1]), dim=-1).indices
 
 
-class _InMemoryMetric(evaluate.Metric):
+class InMemoryMetric(evaluate.Metric):
     def __init__(self):
         super().__init__(keep_in_memory=True)
 
@@ -37,7 +37,7 @@ class _InMemoryMetric(evaluate.Metric):
         return self._data_dir_root
 
 
-class TopKAccuracy(_InMemoryMetric):
+class TopKAccuracy(InMemoryMetric):
     """Top-1 and top-5 accuracy of ranked classes.
 
     `compute(predictions=..., references=...)` takes
@@ -66,7 +66,7 @@ class TopKAccuracy(_InMemoryMetric):
         return {"accuracy": float(hits[:, 0].mean()), f"top{TOP}_accuracy": float(hits.any(1).mean())}
 
 
-class MeanCorruptionError(_InMemoryMetric):
+class MeanCorruptionError(InMemoryMetric):
     """mCE of ImageNet-C: errors relative to AlexNet's, averaged over the 15 corruptions, times 100.
 
     `compute(errors=..., corruptions=...)` takes

@@ -140,21 +140,21 @@ def _draw_points(points: np.ndarray, labels: np.ndarray, label_names: Sequence[s
     axes.set(xticks=[], yticks=[])
     axes.spines[:].set_visible(False)
     if has_legend:
-        for name, color in zip(_short(label_names), palette, strict=False):
+        for name, color in zip(short_name(label_names), palette, strict=False):
             axes.scatter([], [], color=color, s=36, label=name)
         axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, labelcolor=INK, fontsize=9)
     return figure
 
 
 def _name_ticks(axes: Axes, names: Sequence[str]) -> None:
-    names = _short(names)
+    names = short_name(names)
     fit_side_by_side = len(names) * max(map(len, names), default=0) <= 50  # letters, in the width of the picture
     axes.set_xticks(range(len(names)), names, rotation=0 if fit_side_by_side else 90)
     axes.set_yticks(range(len(names)), names)
     axes.tick_params(length=0, labelsize=9, labelcolor=INK)
 
 
-def _short(names: Sequence[str]) -> list[str]:
+def short_name(names: Sequence[str]) -> list[str]:
     return [name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…" for name in names]
 
 

@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from datasets import Features, Value
 from datasets import Sequence as SequenceFeature
 
-from .metrics import _InMemoryMetric
+from .metrics import InMemoryMetric
 
 Predict = Callable[[torch.Tensor], torch.Tensor]
 
 
-class MeanIoU(_InMemoryMetric):
+class MeanIoU(InMemoryMetric):
     """Intersection over union, and accuracy, of label maps (H, W) of any sizes; `compute` counts pixels, not images.
 
     What `add`, `add_batch` and `compute(predictions=..., references=...)` take is counted at once and not kept: label

@@ -12,7 +12,7 @@ from matplotlib.colors import hsv_to_rgb, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from .pictures import CLASS_COLORS, DPI, INK, _short, save_figure
+from .pictures import CLASS_COLORS, DPI, INK, save_figure, short_name
 
 IGNORED = 255
 TITLES = ("Image", "Truth", "Predicted")
@@ -61,7 +61,7 @@ def save_segmentations(
     colors = _class_colors(len(class_names))
     handles = [
         Patch(facecolor=colors[label], label=name)
-        for label, name in enumerate(_short(class_names))
+        for label, name in enumerate(short_name(class_names))
         if label in occurring
     ]
     if IGNORED in occurring:

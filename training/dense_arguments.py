@@ -6,6 +6,16 @@ from typing import ClassVar
 from .arguments import CheckedArguments, RecipeError, option
 from .downstream_arguments import DownstreamArguments
 
+# sizes of Mask R-CNN
+DETECTOR_FLAGS = (
+    "pyramid_channels",
+    "head_channels",
+    "box_features",
+    "rpn_batch_size_per_image",
+    "rpn_post_nms_top_n",
+    "box_batch_size_per_image",
+)
+
 
 @dataclass
 class DenseDataArguments(CheckedArguments):
@@ -160,9 +170,14 @@ class DetectionArguments(DenseArguments):
     min_scale: float = option(0.1, "Training images are resized by a random factor from here, times image_size")
     max_scale: float = option(2.0, "… to here.")
     pyramid_channels: int = option(256, "Width of the feature pyramid.")
+    head_channels: int = option(256, "Width of the four convolutions of the box head, and of the mask head.")
+    box_features: int = option(1024, "Width of the box head's last layer.")
+    rpn_batch_size_per_image: int = option(256, "Anchors of an image that the proposal network's losses are of.")
+    rpn_post_nms_top_n: int = option(1000, "Proposals of an image that are looked at.")
+    box_batch_size_per_image: int = option(512, "Proposals of an image that the heads' losses are of.")
     score_threshold: float = option(0.05, "Detections below this score are left out.")
 
-    AT_LEAST_1: ClassVar = (*DenseArguments.AT_LEAST_1, "pyramid_channels")
+    AT_LEAST_1: ClassVar = (*DenseArguments.AT_LEAST_1, *DETECTOR_FLAGS)
     POSITIVE: ClassVar = (*DenseArguments.POSITIVE, "lr_gamma")
 
     def __post_init__(self):

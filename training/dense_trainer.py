@@ -32,6 +32,7 @@ class DenseTrainer(DownstreamTrainer):
         # sums over micro-batches, on the device, and the optimiser steps that these make up
         self._part_sums: dict[str, torch.Tensor] = {}
         self._summed_steps = 0.0
+        self._newest: tuple[int, dict[str, float]] | None = None  # step and metrics of the last evaluation
 
     def compute_loss(
         self,
@@ -80,11 +81,18 @@ class DenseTrainer(DownstreamTrainer):
             )
         return metrics
 
+    def final_metrics(self) -> dict[str, float]:
+        """The task's metrics after the training: the last step may have been evaluated. Collective."""
+        if self._newest is not None and self._newest[0] == self.args.max_steps:
+            return self._newest[1]
+        return self.test()
+
     def evaluate(
         self, eval_dataset: None = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """`test`, logged and told to the callbacks, as in Trainer, whose other arguments have no meaning here."""
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.test().items()}
+        self._newest = self.state.global_step, self.test()
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in self._newest[1].items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics

@@ -1,0 +1,213 @@
+"""Fine-tune a pre-trained encoder for semantic segmentation, with UperNet on top, and measure its mIoU.
+
+    accelerate launch run_semantic_segmentation.py --config recipes/ade20k/….yaml --model_name_or_path CHECKPOINT
+
+The encoder comes from a pre-training checkpoint of this project, from facebook/vit-mae-base, or from a stock ViT;
+`--untrained` takes its architecture alone, `--preset vit-base` starts from nothing. Images come from a folder of
+image/mask pairs (`--train_dir`), as ADE20K's, or from 🤗 Datasets. The result is a `UperNetForSemanticSegmentation`
+of transformers, which loads once `mimae` is imported.
+
+Exit codes: 0 done; 143 after SIGTERM and 138 after SIGUSR1 while training, with a checkpoint of that very step; 1 on
+an error, or when all is done but the upload failed.
+"""
+
+import sys
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from accelerate.utils import reduce, set_seed
+from torch import nn
+from transformers import SegformerImageProcessor
+
+from mimae.data.dense import DenseTransform
+from mimae.data.segmentation import SegmentationSource, open_segmentation_source
+from mimae.data.segmentation_augmentation import segmentation_evaluation_transform, segmentation_training_transform
+from mimae.dense.upernet import UperNet, build_upernet
+from mimae.evaluation.segmentation import MeanIoU, segment
+from mimae.evaluation.segmentation_pictures import save_segmentations
+from mimae.training.arguments import HubArguments, ModelArguments, RecipeError, parse_arguments
+from mimae.training.dense_arguments import SegmentationArguments, SegmentationDataArguments
+from mimae.training.dense_results import write_dense_results
+from mimae.training.dense_run import DenseRun
+from mimae.training.downstream import start_processes
+from mimae.training.families import CONFIG_CLASSES
+from mimae.training.optimization import WarmupPolynomial
+
+DEFAULT_RECIPE = Path(__file__).parent / "recipes" / "segmentation.yaml"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the task and returns the exit code.
+
+    Args:
+        argv: flags; None = the command line.
+
+    Raises:
+        ValueError and its kin, before training starts: a flag, recipe, checkpoint or data set that cannot be used.
+    """
+    groups = (ModelArguments, SegmentationDataArguments, SegmentationArguments, HubArguments)
+    (model_args, data_args, args, hub_args), model_fields, recipe = parse_arguments(
+        argv,
+        groups,
+        CONFIG_CLASSES,
+        default_recipe=DEFAULT_RECIPE,
+        description=__doc__,
+        places=SegmentationDataArguments.PLACES,
+        data_keys=SegmentationDataArguments.DATA_KEYS,
+    )
+    output_dir = start_processes(args, recipe)
+    set_seed(args.seed)
+    run = SegmentationRun(model_args, data_args, args, hub_args, model_fields, output_dir)
+    return run.execute(run.finetune, write_dense_results)
+
+
+class SegmentationRun(DenseRun):
+    """UperNet on the images and the checkpoint that the flags name."""
+
+    TASK = "segmentation"
+
+    data_args: SegmentationDataArguments
+    args: SegmentationArguments
+
+    SETTINGS = (
+        *DenseRun.SETTINGS,
+        "crop_size",
+        "short_side",
+        "long_side_limit",
+        "min_scale",
+        "max_scale",
+        "photometric_distortion",
+        "upernet_channels",
+        "auxiliary_channels",
+    )
+
+    def __init__(self, *groups: Any):
+        super().__init__(*groups)
+        if self.model_fields.get("image_size", self.args.crop_size) != self.args.crop_size:
+            raise RecipeError(
+                f"image_size={self.model_fields['image_size']}: the model sees crops of crop_size="
+                f"{self.args.crop_size} pixels; leave image_size out"
+            )
+
+    # --- images -----------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def training_images(self) -> SegmentationSource:
+        """The training split."""
+        return self.open_split(self.data_args.train_split)
+
+    @cached_property
+    def held_out_images(self) -> SegmentationSource:
+        """The validation split, with the classes of the training split."""
+        return self.open_split(self.data_args.validation_split, class_names=self.training_images.class_names)
+
+    def open_split(self, split: str, class_names: Sequence[str] | None = None) -> SegmentationSource:
+        """See `open_segmentation_source`."""
+        data_args = self.data_args
+        with PartialState().main_process_first():
+            return open_segmentation_source(
+                split=split,
+                dataset_name=data_args.dataset_name,
+                dataset_config_name=data_args.dataset_config_name,
+                train_dir=data_args.train_dir,
+                data_files=data_args.data_files,
+                image_column_name=data_args.image_column_name,
+                annotation_column_name=data_args.annotation_column_name,
+                class_names=class_names,
+                class_names_file=None if class_names else data_args.class_names_file,
+                num_classes=None if class_names else data_args.num_classes,
+                reduce_zero_label=data_args.reduce_zero_label,
+                cache_dir=data_args.cache_dir,
+            )
+
+    @property
+    def training_transform(self) -> DenseTransform:
+        """Scale jitter, crop, flip and photometric distortion."""
+        args = self.args
+        return segmentation_training_transform(
+            args.crop_size,
+            mean=self.mean,
+            std=self.std,
+            short_side=args.short_side,
+            long_side_limit=args.long_side_limit,
+            scale_range=(args.min_scale, args.max_scale),
+            horizontal_flip=self.data_args.horizontal_flip,
+            photometric_distortion=args.photometric_distortion,
+        )
+
+    @property
+    def evaluation_transform(self) -> DenseTransform:
+        """Resized whole."""
+        return segmentation_evaluation_transform(
+            self.args.short_side, self.args.long_side_limit, mean=self.mean, std=self.std
+        )
+
+    @property
+    def image_processor(self) -> SegformerImageProcessor:
+        """Resizes to one window: good for a look, while this script's own evaluation slides."""
+        side = self.args.crop_size
+        return SegformerImageProcessor(
+            size={"height": side, "width": side},
+            image_mean=self.mean,
+            image_std=self.std,
+            do_reduce_labels=self.data_args.reduce_zero_label,
+        )
+
+    # --- model ------------------------------------------------------------------------------------------------------
+
+    def build_model(self) -> UperNet:
+        """UperNet on the encoder; on several GPUs its batch statistics are those of all of them."""
+        config = self.start.config(image_size=self.args.crop_size, add_fpn=True)
+        model = build_upernet(
+            self.load(self.family.backbone_class, config),
+            id2label=dict(enumerate(self.training_images.class_names)),
+            channels=self.args.upernet_channels,
+            auxiliary_channels=self.args.auxiliary_channels,
+        )
+        if PartialState().num_processes > 1 and self.device.type == "cuda":
+            return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        return model
+
+    def schedule(self, total_steps: int) -> WarmupPolynomial:
+        """Linear up, then down to 0 by a power of what is left."""
+        return WarmupPolynomial(
+            peak=self.args.learning_rate,
+            start=self.args.warmup_learning_rate,
+            warmup_steps=self.args.warmup_steps,
+            total_steps=total_steps,
+            power=self.args.poly_power,
+        )
+
+    # --- evaluation -------------------------------------------------------------------------------------------------
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """mIoU, mAcc and aAcc of windows that slide over each image."""
+        names = self.training_images.class_names
+        metric = MeanIoU(len(names))
+        for sample in self.held_out_samples():
+            prediction = segment(
+                lambda pixel_values: model(pixel_values).logits,
+                sample.pixel_values,
+                sample.target.shape,
+                crop_size=self.args.crop_size,
+                stride=self.args.stride,
+                num_classes=len(names),
+            )
+            metric.add(prediction=prediction, reference=sample.target.to(self.device))
+            self.remember(sample, prediction.cpu())
+        metric.confusion_matrix = reduce(metric.confusion_matrix.to(self.device)).cpu()
+        metrics = metric.compute()
+        self.per_class = dict(zip(names, metrics.pop("per_class_iou"), strict=True))
+        return metrics
+
+    def draw(self, path: Path) -> None:
+        """Images, truths and predictions."""
+        images, truths = zip(*(self.decoded(index) for index in self.predictions), strict=True)
+        save_segmentations(images, list(self.predictions.values()), truths, self.training_images.class_names, path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
