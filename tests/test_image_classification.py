@@ -88,7 +88,7 @@ def test_help_is_printed_with_the_per_cent_signs_in_it(capsys):
     with pytest.raises(SystemExit) as end:
         main(["--help"])
     assert end.value.code == 0
-    assert "0.01 for 1 % fine-tuning" in " ".join(capsys.readouterr().out.split())
+    assert "0.01 for 1 %" in " ".join(capsys.readouterr().out.split())
 
 
 # --- the tasks ------------------------------------------------------------------------------------------------------

@@ -246,7 +246,7 @@ def test_lists_are_written_with_spaces_or_brackets():
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--window_size", "7"], "window_size: of model_type misimmim, but the model is a 'mimae'"),
+        (["--window_size", "7"], "window_size: of a 'mimae' for segmentation and detection"),
         (["--model_type", "misimmim", "--hidden_size", "64"], "hidden_size: of model_type mimae"),
         (["--preset", "swin-tiny"], "preset 'swin-tiny' is of model_type 'misimmim'"),
         (["--model_type", "misimmin"], "'misimmin' is not known; there are mimae, misimmim"),

@@ -97,14 +97,17 @@ class Family:
                 f"{self.name!r}: leave them out, or set model_type, with a recipe for it (--config)"
             )
 
-    def build_config(self, preset: str | None, fields: Mapping[str, Any], **labels: Any) -> PreTrainedConfig:
+    def build_config(
+        self, preset: str | None, fields: Mapping[str, Any], *, is_dense: bool = False, **labels: Any
+    ) -> PreTrainedConfig:
         """The configuration of a preset's sizes, or of the class's defaults, with these fields on top.
 
         Raises:
-            RecipeError: a field or a preset that models of this kind do not have.
+            RecipeError: a field or a preset that models of this kind do not have, or see `check_task`.
             ValueError: an unknown preset, or fields that the configuration refuses.
         """
         self.check_fields(fields)
+        self.check_task(fields, is_dense)
         owners = [each.name for each in FAMILIES.values() if preset in each.config_class.presets]
         if owners and self.name not in owners:
             raise RecipeError(f"preset {preset!r} is of model_type {owners[0]!r}, not {self.name!r}: set model_type")

@@ -39,7 +39,7 @@ class StartingModel:
     ):
         if path is not None and preset is not None:
             raise RecipeError(f"--model_name_or_path {path} says how the model is built: leave --preset out")
-        self.preset, self.fields = preset, fields
+        self.preset, self.fields, self.is_dense = preset, fields, is_dense
         self.checkpoint = None if path is None else Checkpoint(path)
         named = family_named(model_type)
         self.family = self.checkpoint.family if self.checkpoint else named
@@ -62,7 +62,7 @@ class StartingModel:
             return self.checkpoint.config(fields, **labels)
         if self.preset is None and not self.fields:
             raise ValueError("there is no model: give --model_name_or_path, or --preset to train one from scratch")
-        return self.family.build_config(self.preset, fields, **labels)
+        return self.family.build_config(self.preset, fields, is_dense=self.is_dense, **labels)
 
     def load(
         self,
