@@ -51,6 +51,7 @@ class ClassificationArguments(DownstreamArguments, CropArguments):
 
     task: Literal["finetune", "linear_probe", "knn", "evaluate"] = option("finetune", "What is done with the model.")
     warmup_epochs: float = option(5.0, "Linear from warmup_learning_rate.")
+    per_device_eval_batch_size: int | None = option(None, "Default: that of training.")
     min_learning_rate: float = option(1e-6, "Where the half-cosine ends.")
 
     base_learning_rate: float = option(1e-3, "Fine-tuning: lr = base_learning_rate * batch / 256.")
@@ -70,6 +71,7 @@ class ClassificationArguments(DownstreamArguments, CropArguments):
     knn_k: list[int] = option([10, 20, 100, 200], "k-NN: neighbours that vote.")
     knn_temperature: float = option(0.07, "k-NN: a neighbour votes with exp(similarity / temperature).")
 
+    AT_LEAST_1: ClassVar = (*DownstreamArguments.AT_LEAST_1, "per_device_eval_batch_size")
     POSITIVE: ClassVar = (*DownstreamArguments.POSITIVE, "base_learning_rate", "knn_temperature")
     NOT_NEGATIVE: ClassVar = (
         *DownstreamArguments.NOT_NEGATIVE,

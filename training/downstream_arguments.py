@@ -13,13 +13,11 @@ class DownstreamArguments(RunArguments):
     untrained: bool = option(
         False, "Take only the architecture of --model_name_or_path, with random weights: the control."
     )
-    per_device_eval_batch_size: int | None = option(None, "Default: that of training.")
     num_train_epochs: float = option(100.0, "Passes over the training images.")
     evaluation_epochs: float = option(1.0, "Evaluate every so many epochs.")
     layer_decay: float = option(0.75, "Fine-tuning: the learning rate of each block, over that of the next.")
     adam_beta1: float = option(0.9, "Fine-tuning: AdamW.")
     adam_beta2: float = option(0.999, "Fine-tuning: AdamW.")
 
-    AT_LEAST_1: ClassVar = (*RunArguments.AT_LEAST_1, "per_device_eval_batch_size")
     POSITIVE: ClassVar = (*RunArguments.POSITIVE, "num_train_epochs")
     FRACTIONS: ClassVar = (*RunArguments.FRACTIONS, "layer_decay")

@@ -130,7 +130,7 @@ def layer_decay_groups(model: nn.Module, *, weight_decay: float, layer_decay: fl
     there, vectors do not decay, nor what the model exempts.
 
     Args:
-        model: see `encoder_and_undecayed`; its encoder has `modules_by_depth()`.
+        model: has `no_weight_decay()`, and its encoder as `base_model`, which has `modules_by_depth()`.
         weight_decay: of the parameters that do decay.
         layer_decay: in (0, 1]; with 1 all layers learn alike.
 
@@ -144,8 +144,7 @@ def layer_decay_groups(model: nn.Module, *, weight_decay: float, layer_decay: fl
     """
     if not 0 < layer_decay <= 1:
         raise ValueError(f"layer_decay={layer_decay} must be above 0 and at most 1 (1: all layers learn alike)")
-    encoder, undecayed = encoder_and_undecayed(model)
-    layers = encoder.modules_by_depth()
+    layers, undecayed = model.base_model.modules_by_depth(), model.no_weight_decay()
     layer_of = {id(parameter): layer for layer, module in enumerate(layers) for parameter in module.parameters()}
     groups: dict[tuple[float, float], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
@@ -156,17 +155,6 @@ def layer_decay_groups(model: nn.Module, *, weight_decay: float, layer_decay: fl
         group = groups.setdefault((scale, decay), {"params": [], "lr_scale": scale, "weight_decay": decay})
         group["params"].append((name, parameter))
     return sorted(groups.values(), key=lambda group: -group["lr_scale"])
-
-
-def encoder_and_undecayed(model: nn.Module) -> tuple[nn.Module, set[str]]:
-    """The encoder in a model, and the names of what does not decay although it has more than one dimension.
-
-    A dense model has its encoder as `backbone`, whose `no_weight_decay()` counts, as the class around it may be
-    transformers' own; any other as `base_model`, and has `no_weight_decay()` itself.
-    """
-    if hasattr(model, "backbone"):
-        return model.backbone, {f"backbone.{name}" for name in model.backbone.no_weight_decay()}
-    return model.base_model, model.no_weight_decay()
 
 
 def schedule_as_lambda(optimizer: torch.optim.Optimizer, schedule: WarmupSchedule) -> LambdaLR:

@@ -19,8 +19,7 @@ RUN_FILES = (
     "results.json",
     "confusion_matrix.png",
     "features.png",
-    "segmentations.png",
-    "detections.png",
+    "predictions.png",
 )
 RUN_FOLDERS = ("reconstructions", "tensorboard", "runs")
 
