@@ -86,10 +86,15 @@ class SegmentationRun(DenseRun):
 
     def __init__(self, *groups: Any):
         super().__init__(*groups)
-        if self.model_fields.get("image_size", self.args.crop_size) != self.args.crop_size:
+        crop_size, patch_size = self.args.crop_size, self.patch_size
+        if self.model_fields.get("image_size", crop_size) != crop_size:
             raise RecipeError(
-                f"image_size={self.model_fields['image_size']}: the model sees crops of crop_size="
-                f"{self.args.crop_size} pixels; leave image_size out"
+                f"image_size={self.model_fields['image_size']}: the model sees crops of crop_size={crop_size} "
+                "pixels; leave image_size out"
+            )
+        if crop_size % patch_size:
+            raise RecipeError(
+                f"crop_size={crop_size} must be a multiple of the model's patches of {patch_size} pixels"
             )
 
     # --- images -----------------------------------------------------------------------------------------------------
@@ -198,7 +203,7 @@ class SegmentationRun(DenseRun):
             )
             metric.add(prediction=prediction, reference=sample.target.to(self.device))
             self.remember(sample, prediction.cpu())
-        metric.confusion_matrix = reduce(metric.confusion_matrix.to(self.device)).cpu()
+        metric.confusion_matrix = reduce(metric.confusion_matrix.to(self.device), "sum").cpu()
         metrics = metric.compute()
         self.per_class = dict(zip(names, metrics.pop("per_class_iou"), strict=True))
         return metrics

@@ -23,7 +23,7 @@ class MeanIoU(InMemoryMetric):
     What `add`, `add_batch` and `compute(predictions=..., references=...)` take is counted at once and not kept: label
     maps of a whole data set fit no memory. In a run of several processes sum `confusion_matrix` before `compute`:
 
-        metric.confusion_matrix = accelerator.reduce(metric.confusion_matrix.to(accelerator.device)).cpu()
+        metric.confusion_matrix = accelerator.reduce(metric.confusion_matrix.to(accelerator.device), "sum").cpu()
 
     `compute` returns, as fractions in [0, 1], and begins anew:
         mean_iou: over the classes that occur in truth or prediction.
