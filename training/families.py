@@ -97,6 +97,10 @@ class Family:
                 f"{self.name!r}: leave them out, or set model_type, with a recipe for it (--config)"
             )
 
+    def sizes(self, fields: Iterable[str]) -> set[str]:
+        """Those fields that make one model another; the rest may be set for any."""
+        return set(fields) - {*self.free_fields, *self.dense_fields}
+
     def build_config(
         self, preset: str | None, fields: Mapping[str, Any], *, is_dense: bool = False, **labels: Any
     ) -> PreTrainedConfig:

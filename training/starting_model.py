@@ -54,13 +54,13 @@ class StartingModel:
         """The checkpoint's configuration, or that of the recipe alone, with the recipe's fields and these on top.
 
         Raises:
-            ValueError: there is no checkpoint, no preset and no field; see also `Checkpoint.config` and
-                `Family.build_config`.
+            ValueError: there is no checkpoint, no preset and no field that says how large a model is; see also
+                `Checkpoint.config` and `Family.build_config`.
         """
         fields, labels = {**self.fields, **overrides}, labels or {}
         if self.checkpoint is not None:
             return self.checkpoint.config(fields, **labels)
-        if self.preset is None and not self.fields:
+        if self.preset is None and not self.family.sizes(self.fields):
             raise ValueError("there is no model: give --model_name_or_path, or --preset to train one from scratch")
         return self.family.build_config(self.preset, fields, is_dense=self.is_dense, **labels)
 

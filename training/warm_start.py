@@ -87,8 +87,7 @@ class Checkpoint:
         clashes = [
             f"{name}: {getattr(there, name)} there, {value} in the recipe"
             for name, value in overrides.items()
-            if name not in (*self.family.free_fields, *self.family.dense_fields)
-            and _as_json(getattr(there, name)) != _as_json(value)
+            if name in self.family.sizes(overrides) and _as_json(getattr(there, name)) != _as_json(value)
         ]
         if clashes:
             raise UnfitCheckpointError(
