@@ -24,7 +24,7 @@ from transformers import DetrImageProcessor
 from mimae.data.coco import CocoSource, open_coco_source
 from mimae.data.dense import DenseTransform
 from mimae.data.detection_augmentation import detection_evaluation_transform, large_scale_jitter
-from mimae.dense.mask_rcnn import MaskRCNNForInstanceSegmentation, build_mask_rcnn
+from mimae.dense.mask_rcnn import LEVEL_STRIDES, MaskRCNNForInstanceSegmentation, build_mask_rcnn
 from mimae.evaluation.detection import Record, detection_metrics, detection_records, restore_detections
 from mimae.evaluation.detection_pictures import save_detections
 from mimae.training.arguments import HubArguments, ModelArguments, RecipeError, parse_arguments
@@ -73,6 +73,11 @@ class DetectionRun(DenseRun):
         height, width = self.image_size
         if height != width:
             raise RecipeError(f"image_size={height} x {width}: detection pads images to squares; give one number")
+        coarsest = round(LEVEL_STRIDES[-1] * self.patch_size)
+        if height % coarsest:
+            raise RecipeError(
+                f"image_size={height} must be a multiple of {coarsest}: the coarsest map has a place for 4 x 4 patches"
+            )
 
     # --- images -----------------------------------------------------------------------------------------------------
 
@@ -178,10 +183,14 @@ def open_annotated(split: str, annotation_file: str | None, image_dir: str | Non
 
     Raises:
         RecipeError: the flags of this split are missing.
+        ValueError: there is no object at all; see also `open_coco_source`.
     """
     if annotation_file is None:
         raise RecipeError(f"there are no images: give --{split}_annotation_file and --{split}_image_dir")
-    return open_coco_source(annotation_file, image_dir, keep_empty=keep_empty)
+    source = open_coco_source(annotation_file, image_dir, keep_empty=keep_empty)
+    if source.num_objects == 0:
+        raise ValueError(f"{annotation_file} has no object that can be used")
+    return source
 
 
 if __name__ == "__main__":

@@ -135,6 +135,7 @@ class CocoSource(DenseSource):
     Attributes:
         image_ids: int64 (images,), the file's ids of the rows.
         category_ids: the file's ids of the K classes, ascending: the way back from a label.
+        num_objects: of all images, as far as it shows without drawing their masks.
     """
 
     def __init__(self, path: str | os.PathLike, image_dir: str | os.PathLike, *, keep_empty: bool):
@@ -146,6 +147,7 @@ class CocoSource(DenseSource):
         images = {image_id: image for image_id, image in annotations.images.items() if keep_empty or objects[image_id]}
         if not images:
             raise ValueError(f"{path} has no image{'' if keep_empty else ' with an object that can be used'}")
+        self.num_objects = sum(map(len, objects.values()))
         self.name, self.image_dir = str(path), Path(image_dir)
         self.category_ids, self.class_names = list(annotations.class_names), list(annotations.class_names.values())
         self.image_ids = np.array(list(images), dtype=np.int64)

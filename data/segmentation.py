@@ -70,7 +70,7 @@ class SegmentationSource(DenseSource):
         return self.images.read(index)[0], self.masks.read(index)[0]
 
     def describe(self, index: int) -> str:
-        return self.images.describe(index)
+        return f"{self.images.describe(index)} with its mask"  # either may be what cannot be decoded
 
     def decode(
         self, index: int, row: tuple[bytes, bytes], num_channels: int

@@ -145,6 +145,11 @@ class SegmentationArguments(DenseArguments):
     def __post_init__(self):
         super().__post_init__()
         self._check_scales()
+        self._check(
+            "2 or more: UperNet normalises over the batch, and its coarsest map has one place for each image",
+            lambda value: value >= 2,
+            "per_device_train_batch_size",
+        )
         if self.short_side is None:
             self.short_side = self.crop_size
         if self.stride is None:

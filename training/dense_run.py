@@ -99,7 +99,7 @@ class DenseRun(DownstreamRun):
         self.train(trainer)
         metrics = trainer.final_metrics()
         self.save(model)
-        if PartialState().is_main_process:
+        if self.predictions and PartialState().is_main_process:
             self.draw(self.output_dir / PICTURE)
         return {
             "test_images": len(self.held_out_images) - self.num_bad_images(),
@@ -107,6 +107,10 @@ class DenseRun(DownstreamRun):
             "per_class": self.per_class,
             "pictures": [PICTURE],
         }
+
+    def settings(self, schedule: WarmupSchedule) -> dict[str, Any]:
+        """As of any training, and whether images are flipped."""
+        return {**super().settings(schedule), "horizontal_flip": self.data_args.horizontal_flip}
 
     def facts(self) -> dict[str, Any]:
         """As of every run, and what was trained on."""

@@ -106,7 +106,11 @@ class DownstreamRun(ABC):
         config = self.start.config()
         if remark := self.family.remark(config):
             logger.info(remark)
-        self.image_size, self.num_channels = config.image_size_2d, config.num_channels
+        self.image_size, self.num_channels, self.patch_size = (
+            config.image_size_2d,
+            config.num_channels,
+            config.patch_size,
+        )
         known = self.start.checkpoint.channel_statistics() if self.start.checkpoint else (None, None)
         self.mean, self.std = channel_statistics(
             self.num_channels, args.image_mean or known[0], args.image_std or known[1]
