@@ -102,14 +102,17 @@ class SegmentationRun(DenseRun):
     @cached_property
     def training_images(self) -> SegmentationSource:
         """The training split."""
-        return self.open_split(self.data_args.train_split)
+        return self.open_split(self.data_args.train_split, self.data_args.data_files)
 
     @cached_property
     def held_out_images(self) -> SegmentationSource:
         """The validation split, with the classes of the training split."""
-        return self.open_split(self.data_args.validation_split, class_names=self.training_images.class_names)
+        data_args, class_names = self.data_args, self.training_images.class_names
+        return self.open_split(data_args.validation_split, data_args.validation_files, class_names)
 
-    def open_split(self, split: str, class_names: Sequence[str] | None = None) -> SegmentationSource:
+    def open_split(
+        self, split: str, data_files: Sequence[str] | None, class_names: Sequence[str] | None = None
+    ) -> SegmentationSource:
         """See `open_segmentation_source`."""
         data_args = self.data_args
         with PartialState().main_process_first():
@@ -118,7 +121,7 @@ class SegmentationRun(DenseRun):
                 dataset_name=data_args.dataset_name,
                 dataset_config_name=data_args.dataset_config_name,
                 train_dir=data_args.train_dir,
-                data_files=data_args.data_files,
+                data_files=data_files,
                 image_column_name=data_args.image_column_name,
                 annotation_column_name=data_args.annotation_column_name,
                 class_names=class_names,

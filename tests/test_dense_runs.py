@@ -271,7 +271,7 @@ def test_what_cannot_be_decoded_is_replaced_and_named_up_to_a_fraction(task, ima
     path = spoilt(task, folder, "train")
     run(task, folder, encoder, tmp_path / "run", max_bad_image_fraction=0.125)
     (warning,) = [line for line in capsys.readouterr().err.splitlines() if "were replaced" in line]
-    assert str(path) in warning
+    assert f"/{path.stem}." in warning
     with pytest.raises(TooManyBadImagesError, match="1 of 8 training images cannot be decoded"):
         run(task, folder, encoder, tmp_path / "other", max_bad_image_fraction=0.1)
     assert not (tmp_path / "other" / "model.safetensors").exists()
@@ -283,7 +283,7 @@ def test_what_cannot_be_tested_is_left_out_named_and_not_counted(task, images, e
     results = run(task, folder, encoder, tmp_path / "run", max_train_steps=1)
     assert results["test_images"] == 2
     (warning,) = [line for line in capsys.readouterr().err.splitlines() if "were left out" in line]
-    assert str(path) in warning
+    assert f"/{path.stem}." in warning
 
 
 def test_without_images_the_missing_flags_are_named(encoder, images, tmp_path):

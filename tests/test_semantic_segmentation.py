@@ -7,11 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset, Features
+from datasets import Image as ImageFeature
 from dense_runs import CROP_SIZE, SCENE_SIZE, compose, copied, flags, launch, normalised, run, save_encoder
 from PIL import Image
 from runs import series
 from sklearn.metrics import jaccard_score
 from transformers import UperNetForSemanticSegmentation
+
+from mimae.training.arguments import RecipeError
 
 STRIDE = 21  # 2/3 of the crop
 
@@ -92,6 +96,24 @@ def test_a_training_mask_with_a_class_outside_the_list_is_named(images, encoder,
     Image.new("L", (SCENE_SIZE, SCENE_SIZE), 77).save(folder / "masks" / "train" / "000002.png")
     with pytest.raises(ValueError, match=r"000002\.png\) has a pixel of value 77, .* --num_classes"):
         run("segmentation", folder, encoder, tmp_path / "run")
+
+
+def test_parquet_files_are_trained_on_and_others_tested(images, encoder, tmp_path):
+    features = Features({"image": ImageFeature(), "label": ImageFeature()})
+    files = {}
+    for split in ("train", "validation"):
+        columns = {
+            name: [str(path) for path in sorted((images / folder / split).iterdir())]
+            for name, folder in (("image", "images"), ("label", "masks"))
+        }
+        files[split] = tmp_path / f"{split}.parquet"
+        Dataset.from_dict(columns, features=features).to_parquet(files[split])
+    values = {"train_dir": None, "data_files": files["train"], "num_classes": 11, "cache_dir": tmp_path / "cache"}
+    with pytest.raises(RecipeError, match="data_files and validation_files go together"):
+        run("segmentation", images, encoder, tmp_path / "run", **values)
+    values["validation_files"] = files["validation"]
+    results = run("segmentation", images, encoder, tmp_path / "run", max_train_steps=1, **values)
+    assert (results["training_images"], results["test_images"]) == (8, 3)
 
 
 def test_value_zero_may_stand_for_no_class(images, encoder, tmp_path):

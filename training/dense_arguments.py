@@ -42,6 +42,7 @@ class SegmentationDataArguments(DenseDataArguments):
     PLACES: ClassVar = ("train_dir", "dataset_name", "data_files")
     DATA_KEYS: ClassVar = (
         *PLACES,
+        "validation_files",
         "dataset_config_name",
         "train_split",
         "validation_split",
@@ -58,6 +59,7 @@ class SegmentationDataArguments(DenseDataArguments):
     dataset_name: str | None = option(None, "A name or local path for 🤗 Datasets.")
     dataset_config_name: str | None = option(None, "The configuration of --dataset_name.")
     data_files: list[str] | None = option(None, "Parquet files: paths, globs or URLs.")
+    validation_files: list[str] | None = option(None, "With --data_files: the same for validation.")
     train_split: str = option("train", "The split to train on.")
     validation_split: str = option("validation", "The split to validate on.")
     image_column_name: str | None = option(None, "Default: the first column of type Image that is no annotation.")
@@ -75,6 +77,8 @@ class SegmentationDataArguments(DenseDataArguments):
         named = [name for name in self.PLACES if getattr(self, name)]
         if len(named) > 1:
             raise RecipeError(f"{' and '.join(named)} name different data: give one of them")
+        if bool(self.data_files) != bool(self.validation_files):
+            raise RecipeError("data_files and validation_files go together: give both")
 
 
 @dataclass
