@@ -192,6 +192,9 @@ class MIMAEBackbone(BackboneMixin, MIMAEPreTrainedModel):
 
     The maps are the blocks' outputs before the last LayerNorm, which is not there. Every parameter is trained, the
     positions too, as in fine-tuning.
+
+    Raises:
+        ValueError: `add_fpn` without four `out_indices`, or what else `MIMAEConfig` refuses of windows and positions.
     """
 
     # a checkpoint is loaded for its encoder without a word about the rest
@@ -206,6 +209,7 @@ class MIMAEBackbone(BackboneMixin, MIMAEPreTrainedModel):
     )
 
     def __init__(self, config: MIMAEConfig):
+        config.validate_backbone()  # fields that `from_pretrained` has changed are not checked yet
         super().__init__(config)
         self.num_features = [config.hidden_size for _ in config.stage_names]
         self.embeddings = MIMAEEmbeddings(config)

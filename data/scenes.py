@@ -97,7 +97,8 @@ class SceneComposer:
     def _background(self, random: np.random.Generator) -> np.ndarray:
         photograph = self.backgrounds[random.integers(len(self.backgrounds))]
         height, width = photograph.shape[:2]
-        side = random.integers(self.scene_size, min(height, width) + 1)
+        largest = min(height, width)
+        side = random.integers(min(self.scene_size, largest), largest + 1)
         top, left = random.integers(0, height - side + 1), random.integers(0, width - side + 1)
         crop = Image.fromarray(photograph[top : top + side, left : left + side])
         return np.array(crop.resize((self.scene_size, self.scene_size), Image.Resampling.BICUBIC))

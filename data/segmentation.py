@@ -112,7 +112,6 @@ def open_segmentation_source(
     dataset_config_name: str | None = None,
     train_dir: str | os.PathLike | None = None,
     data_files: str | Sequence[str] | None = None,
-    streaming: bool = False,
     image_column_name: str | None = None,
     annotation_column_name: str | None = None,
     class_names: Sequence[str] | None = None,
@@ -135,7 +134,6 @@ def open_segmentation_source(
         train_dir: a folder of images/SPLIT/… and, with the same names, masks/SPLIT/….png or annotations/SPLIT/….png;
             SPLIT may also be "training", "val" and so on; a folder without splits is all for training.
         data_files: parquet files, a path, glob pattern or URL, or a list of them.
-        streaming: is refused.
         image_column_name, annotation_column_name: default to the column of type `Image` that is called annotation,
             label, mask or segmentation, and to the first other one.
         class_names: for a split that must have the classes of another.
@@ -152,8 +150,6 @@ def open_segmentation_source(
     named = [f"--{key}" for key, value in places.items() if value]
     if len(named) != 1:
         raise ValueError(f"name the data by one of --dataset_name, --train_dir and --data_files, got {named}")
-    if streaming:
-        raise ValueError("pairs of images and masks are read from disk, not from a stream: drop --streaming")
     name, stored_names = str(dataset_name or train_dir or "--data_files"), None
     if train_dir:
         folder, mask_folder = _folders_of_split(Path(train_dir), split)

@@ -273,6 +273,12 @@ def test_a_pretraining_checkpoint_lacks_just_what_is_new(tmp_path):
     assert all((layer.attention.relative_position_bias.table == 0).all() for layer in backbone.layers)
 
 
+def test_a_pyramid_on_a_checkpoint_with_one_map_is_refused_by_name(tmp_path):
+    MIMAEForPreTraining(MIMAEConfig(**SIZES)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"pyramid of four maps, but out_indices=\[4\]"):
+        MIMAEBackbone.from_pretrained(tmp_path, add_fpn=True)
+
+
 def test_a_stock_vit_becomes_a_backbone(tmp_path):
     torch.manual_seed(1)
     fields = {name: value for name, value in SIZES.items() if not name.startswith("decoder_")}

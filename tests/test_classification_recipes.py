@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from recipe_helpers import RECIPES, header_of, recipes_of
 from torch.utils.flop_counter import FlopCounterMode
 
-from mimae.run_image_classification import RECIPES
 from mimae.training.arguments import HubArguments, ModelArguments, parse_arguments, read_recipe
 from mimae.training.classification_arguments import ClassificationArguments, ClassificationDataArguments
 from mimae.training.families import CONFIG_CLASSES, family_named
 
-ALL_RECIPES = sorted(path for path in RECIPES.rglob("*.yaml") if "task" in read_recipe(path))
+ALL_RECIPES = recipes_of("run_image_classification.py")
 IMAGENET = RECIPES / "imagenet" / "classification"
 GROUPS = (ModelArguments, ClassificationDataArguments, ClassificationArguments, HubArguments)
 TRAINING_IMAGES, ONE_PERCENT, VALIDATION_IMAGES, IMAGENET_A_IMAGES = 1_281_167, 12_811, 50_000, 7_500
@@ -62,7 +62,7 @@ def forward_flop(model_name: str, fields: Mapping[str, Any]) -> int:
 @pytest.mark.parametrize("recipe", ALL_RECIPES, ids=lambda path: str(path.relative_to(RECIPES)))
 def test_recipe_is_well_typed_and_says_what_it_is(recipe):
     model_args, _, args, fields = parse(recipe)
-    header = recipe.read_text().split("\n\n")[0]
+    header = header_of(recipe)
     for part in ("Claim:", "Cost:", "Command:"):
         assert part in header
     assert str(recipe.relative_to(RECIPES)) in header or recipe == RECIPES / "digits" / "finetune.yaml"
@@ -78,7 +78,7 @@ def test_every_cell_of_tables_1_and_4_has_a_recipe_that_claims_and_costs_what_it
     assert args.task == task.removesuffix("_1percent")
     assert model_args.model_name_or_path == f"outputs/imagenet-{model}"
     assert (RECIPES / "imagenet" / f"{model}.yaml").exists()
-    header = recipe.read_text().split("\n\n")[0]
+    header = header_of(recipe)
     assert re.search(rf"Claim: +{claim}" + ("\n" if isinstance(claim, str) else r" % \(Tables? "), header)
     images = (ONE_PERCENT if task == "finetune_1percent" else TRAINING_IMAGES) * args.num_train_epochs
     passes = 1 if task == "linear_probe" else 3
@@ -95,7 +95,7 @@ def test_every_cell_of_table_5_has_a_recipe(model, claims):
     assert data_args.imagenet_a_dir is not None
     assert data_args.imagenet_c_dir is not None
     assert model_args.model_name_or_path == f"outputs/classification-{model}_finetune"
-    header = recipe.read_text().split("\n\n")[0]
+    header = header_of(recipe)
     assert f"{claims[0]} % / {claims[1]} mCE" in header
     images = VALIDATION_IMAGES * 76 + IMAGENET_A_IMAGES
     assert f"{images:.2e} images, {images * forward_flop(model, fields):.1e} FLOP" in header

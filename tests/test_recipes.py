@@ -6,11 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from recipe_helpers import RECIPES, header_of, recipes_of
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedConfig
 
 from mimae.data.arguments import DataArguments
-from mimae.run_mim_pretrain import RECIPES, build_schedule, main
+from mimae.data.scenes import SPLITS
+from mimae.run_mim_pretrain import build_schedule, main
 from mimae.training.arguments import (
     ModelArguments,
     PretrainingArguments,
@@ -21,8 +23,7 @@ from mimae.training.arguments import (
 )
 from mimae.training.families import CONFIG_CLASSES, Family, family_named
 
-# of pre-training; those that name a task are run_image_classification.py's
-ALL_RECIPES = sorted(path for path in RECIPES.rglob("*.yaml") if "task" not in read_recipe(path))
+ALL_RECIPES = recipes_of("run_mim_pretrain.py")
 GROUPS = (ModelArguments, DataArguments, PretrainingArguments)
 IMAGENET_TRAIN_IMAGES = 1_281_167
 FASHION_MNIST_TRAIN_IMAGES = 60_000
@@ -74,13 +75,15 @@ def test_recipe_is_well_typed_builds_its_model_and_costs_what_its_header_says(re
         logits = model(pixel_values, noise=noise).logits
     assert logits.shape[:3] == (1, config.num_views, config.num_patches)
 
-    header = recipe.read_text().split("\n\n")[0]
+    header = header_of(recipe)
     for part in ("Claim:", "Cost:", "Command:"):
         assert part in header
     if data_args.dataset_name == "ILSVRC/imagenet-1k":
         num_images = IMAGENET_TRAIN_IMAGES
     elif "fashion" in str(recipe):
         num_images = FASHION_MNIST_TRAIN_IMAGES
+    elif data_args.train_dir == "scenes/images/pretrain":
+        num_images = SPLITS["pretrain"]
     else:
         return  # the demo's cost is a time
     views = num_images * args.num_train_epochs * config.num_views

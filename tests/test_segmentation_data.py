@@ -260,8 +260,6 @@ def test_there_must_be_one_place_and_no_stream(tmp_path):
     for places in ({}, {"train_dir": "a", "dataset_name": "b"}):
         with pytest.raises(ValueError, match="by one of --dataset_name"):
             open_segmentation_source(**places)
-    with pytest.raises(ValueError, match="drop --streaming"):
-        open_segmentation_source(dataset_name="b", streaming=True)
 
 
 # Parquet files
