@@ -308,6 +308,11 @@ def test_sizes_that_do_not_fit_the_patches_are_refused_before_anything_is_read(e
         run("detection", images / "none", encoder, tmp_path, image_size=[48, 64])
 
 
+def test_the_task_alone_says_whether_the_encoder_has_a_pyramid(task, encoder, images, tmp_path):
+    with pytest.raises(RecipeError, match=r"add_fpn: .* leave it out"):
+        run(task, images, encoder, tmp_path, add_fpn=task == "detection")
+
+
 def test_held_out_images_of_other_classes_are_refused(encoder, images, tmp_path):
     folder = copied(images, tmp_path / "scenes")
     mask = folder / "masks" / "validation" / "000001.png"

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..data.dense import DenseEvaluationLoader, DenseLoader, DenseSample, DenseSource, DenseTransform
+from .arguments import RecipeError
 from .dense_arguments import DenseArguments, DenseDataArguments
 from .dense_trainer import DenseTrainer
 from .downstream import DownstreamRun
@@ -22,7 +23,14 @@ PICTURE = "predictions.png"
 
 
 class DenseRun(DownstreamRun):
-    """One run of a dense task. While it evaluates, the main process keeps what was predicted of the first images."""
+    """One run of a dense task. While it evaluates, the main process keeps what was predicted of the first images.
+
+    Args:
+        groups: what `DownstreamRun` takes.
+
+    Raises:
+        RecipeError: a field of the model that the task decides on.
+    """
 
     IS_DENSE: ClassVar[bool] = True
     TASK: ClassVar[str]  # as `write_dense_results` calls it
@@ -32,6 +40,8 @@ class DenseRun(DownstreamRun):
 
     def __init__(self, *groups: Any):
         super().__init__(*groups)
+        if "add_fpn" in self.model_fields:
+            raise RecipeError("add_fpn: the task says whether the encoder has a pyramid of its own; leave it out")
         self.predictions: dict[int, Any] = {}  # of images to draw, by index
         self.per_class: dict[str, float | None] | None = None  # of the newest evaluation, where the task has it
 
