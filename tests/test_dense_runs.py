@@ -132,7 +132,9 @@ ORIGINS = {
 }
 
 
-@pytest.mark.parametrize("origin", ["mimae", *ORIGINS])
+@pytest.mark.parametrize(
+    ("task", "origin"), [*(("segmentation", origin) for origin in ("mimae", *ORIGINS)), ("detection", "vit_mae")]
+)
 def test_the_encoder_of_every_kind_of_checkpoint_arrives_and_the_log_names_what_is_new(
     task, origin, images, encoder, tmp_path, capsys
 ):
@@ -155,8 +157,8 @@ def test_the_encoder_of_every_kind_of_checkpoint_arrives_and_the_log_names_what_
         assert torch.equal(here[f"backbone.{name}"], original)
 
 
-def test_an_untrained_control_has_the_architecture_alone(task, images, encoder, tmp_path):
-    results = run(task, images, encoder, tmp_path / "run", max_train_steps=1, untrained=True)
+def test_an_untrained_control_has_the_architecture_alone(images, encoder, tmp_path):
+    results = run("segmentation", images, encoder, tmp_path / "run", max_train_steps=1, untrained=True)
     assert results["untrained"] is True
     name = "layers.2.mlp.fc1.weight"
     here, there = weights(tmp_path / "run")[f"backbone.{name}"], weights(encoder)[f"vit.{name}"]
@@ -236,13 +238,9 @@ def test_another_run_stays_until_a_new_one_may_begin(task, images, encoder, fini
     assert not (folder / "checkpoint-4").exists()
 
 
-@pytest.mark.parametrize(
-    "values",
-    [{"mixed_precision": "bf16"}, {"gradient_accumulation_steps": 2}],
-    ids=["bf16", "accumulation"],
-)
-def test_other_ways_to_train_end_with_finite_losses_and_metrics(task, values, images, encoder, tmp_path):
-    results = run(task, images, encoder, tmp_path, max_train_steps=2, **values)
+def test_bf16_and_accumulated_batches_end_with_finite_losses_and_metrics(task, images, encoder, tmp_path):
+    values = {"mixed_precision": "bf16", "gradient_accumulation_steps": 2, "max_train_steps": 2}
+    results = run(task, images, encoder, tmp_path, **values)
     assert all(0 <= value <= 1 for value in results["metrics"].values())
     assert all(0 < loss < 20 for loss in series(tmp_path, "loss").values())
     assert all(
