@@ -88,13 +88,33 @@ class MIMAEConfig(BackboneConfigMixin, MIMConfigMixin, ViTMAEConfig):
         out_indices: list[int] | tuple[int, ...] | None = None,
         **kwargs: Any,
     ):
-        depth = self.num_hidden_layers
-        if self.add_fpn and out_features is None and out_indices is None:
-            out_indices = [round(depth / 3), depth // 2, round(2 * depth / 3), depth]
-            if len(set(out_indices)) < len(out_indices):
-                raise ValueError(f"add_fpn=True with {depth} blocks: name four of them by out_indices")
-        self.set_output_features_output_indices(out_features=out_features, out_indices=out_indices)
+        if out_features is not None or out_indices is not None:
+            self.set_output_features_output_indices(out_features=out_features, out_indices=out_indices)
         super().__post_init__(**kwargs)
+
+    @property
+    def out_indices(self) -> list[int]:
+        """The stages that are named, or else those that suit the depth and the pyramid that there are now.
+
+        A checkpoint's configuration may be given another depth, or a pyramid, after it was read.
+        """
+        if self._out_indices is not None:
+            return self._out_indices
+        depth = self.num_hidden_layers
+        return [round(depth / 3), depth // 2, round(2 * depth / 3), depth] if self.add_fpn else [depth]
+
+    @out_indices.setter
+    def out_indices(self, out_indices: list[int] | tuple[int, ...]):
+        BackboneConfigMixin.out_indices.fset(self, out_indices)
+
+    @property
+    def out_features(self) -> list[str]:
+        """The names of `out_indices`."""
+        return [self.stage_names[index] for index in self.out_indices]
+
+    @out_features.setter
+    def out_features(self, out_features: list[str]):
+        BackboneConfigMixin.out_features.fset(self, out_features)
 
     @property
     def stage_names(self) -> list[str]:
@@ -135,5 +155,8 @@ class MIMAEConfig(BackboneConfigMixin, MIMConfigMixin, ViTMAEConfig):
                 raise ValueError(
                     f"global_attention_indexes={outside}: blocks are counted from 0 to {self.num_hidden_layers - 1}"
                 )
-        if self.add_fpn and len(self.out_indices) != 4:
-            raise ValueError(f"add_fpn=True makes a pyramid of four maps, but out_indices={self.out_indices}")
+        if self.add_fpn and len(set(self.out_indices)) != 4:
+            raise ValueError(
+                f"add_fpn=True makes a pyramid of four maps, but out_indices={self.out_indices} of "
+                f"{self.num_hidden_layers} blocks: name four"
+            )

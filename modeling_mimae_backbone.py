@@ -45,15 +45,36 @@ def offsets(side: int, device: torch.device) -> torch.Tensor:
     return positions[:, None] - positions[None, :] + side - 1
 
 
+def resize_bias(table: torch.Tensor, sides: tuple[int, int]) -> torch.Tensor:
+    """A table (A, ·, ·) of a number for each vertical and horizontal offset, interpolated to (A, *sides)."""
+    if table.shape[1:] == sides:
+        return table
+    return nn.functional.interpolate(table.unsqueeze(0), size=sides, mode="bilinear")[0]
+
+
+def resize_embeddings(embeddings: torch.Tensor, length: int) -> torch.Tensor:
+    """Embeddings (·, d) of offsets along a side, interpolated to (length, d)."""
+    if len(embeddings) == length:
+        return embeddings
+    return nn.functional.interpolate(embeddings.T.unsqueeze(0), size=length, mode="linear")[0].T
+
+
+def central(table: torch.Tensor, dim: int, length: int) -> torch.Tensor:
+    """The offsets of a smaller side, which lie in the middle of a larger one's."""
+    return table.narrow(dim, (table.shape[dim] - length) // 2, length)
+
+
 class RelativePositionBias(nn.Module):
     """A number for each offset and head, as in BEiT; three more for the class token as query, as key, and as both.
 
     Args:
-        grid_size: (h, w) that the offsets are of; for another grid the table is interpolated.
+        grid_size: (h, w) that the offsets are of. For another grid the table is interpolated, but
+        is_window: in windows, which are smaller on a grid smaller than they, offsets stay what they are.
     """
 
-    def __init__(self, num_heads: int, grid_size: tuple[int, int], has_class_token: bool):
+    def __init__(self, num_heads: int, grid_size: tuple[int, int], *, has_class_token: bool, is_window: bool = False):
         super().__init__()
+        self.is_window = is_window
         self.table = nn.Parameter(torch.zeros(num_heads, 2 * grid_size[0] - 1, 2 * grid_size[1] - 1))
         self.class_token = nn.Parameter(torch.zeros(num_heads, 3)) if has_class_token else None
 
@@ -61,9 +82,10 @@ class RelativePositionBias(nn.Module):
         """What is added to the attention of queries (B, A, T, d): (1, A, T, T)."""
         height, width = grid_size
         sides = (2 * height - 1, 2 * width - 1)
-        table = self.table
-        if table.shape[1:] != sides:
-            table = nn.functional.interpolate(table.unsqueeze(0), size=sides, mode="bilinear")[0]
+        if self.is_window:
+            table = central(central(self.table, 1, sides[0]), 2, sides[1])
+        else:
+            table = resize_bias(self.table, sides)
         rows, columns = offsets(height, table.device), offsets(width, table.device)
         bias = table[:, rows[:, None, :, None], columns[None, :, None, :]]  # (A, h, w, h, w)
         bias = bias.flatten(3, 4).flatten(1, 2)  # (A, T, T)
@@ -82,11 +104,12 @@ class RelativePositionEmbeddings(nn.Module):
     ViTDet, Sec. 3, after MViTv2 (arXiv 2112.01526), Sec. 4.1. Heads share the embeddings; a class token has none.
 
     Args:
-        grid_size: (h, w) that the offsets are of; for another grid the embeddings are interpolated.
+        grid_size, is_window: see `RelativePositionBias`.
     """
 
-    def __init__(self, head_size: int, grid_size: tuple[int, int]):
+    def __init__(self, head_size: int, grid_size: tuple[int, int], *, is_window: bool = False):
         super().__init__()
+        self.is_window = is_window
         self.height = nn.Parameter(torch.zeros(2 * grid_size[0] - 1, head_size))
         self.width = nn.Parameter(torch.zeros(2 * grid_size[1] - 1, head_size))
 
@@ -103,10 +126,9 @@ class RelativePositionEmbeddings(nn.Module):
 
     def between(self, embeddings: torch.Tensor, side: int) -> torch.Tensor:
         """The embedding of each pair of positions along a side, (side, side, d)."""
-        if len(embeddings) != 2 * side - 1:
-            resized = nn.functional.interpolate(embeddings.T.unsqueeze(0), size=2 * side - 1, mode="linear")
-            embeddings = resized[0].T
-        return embeddings[offsets(side, embeddings.device)]
+        length = 2 * side - 1
+        fitting = central(embeddings, 0, length) if self.is_window else resize_embeddings(embeddings, length)
+        return fitting[offsets(side, embeddings.device)]
 
 
 class MIMAEBackboneAttention(ViTMAEAttention):
@@ -118,13 +140,15 @@ class MIMAEBackboneAttention(ViTMAEAttention):
     def __init__(self, config: MIMAEConfig, window_size: int | None):
         super().__init__(config)
         self.window_size = window_size
-        grid_size = config.grid_size if window_size is None else (window_size, window_size)
+        is_window = window_size is not None
+        grid_size = (window_size, window_size) if is_window else config.grid_size
         self.relative_position_bias = self.relative_positions = None
         if config.use_relative_position_bias:
-            has_class_token = config.window_size is None
-            self.relative_position_bias = RelativePositionBias(self.num_attention_heads, grid_size, has_class_token)
+            self.relative_position_bias = RelativePositionBias(
+                self.num_attention_heads, grid_size, has_class_token=config.window_size is None, is_window=is_window
+            )
         elif config.use_relative_position_embeddings:
-            self.relative_positions = RelativePositionEmbeddings(self.head_dim, grid_size)
+            self.relative_positions = RelativePositionEmbeddings(self.head_dim, grid_size, is_window=is_window)
 
     def forward(
         self,
@@ -210,6 +234,7 @@ class MIMAEBackbone(BackboneMixin, MIMAEPreTrainedModel):
 
     def __init__(self, config: MIMAEConfig):
         config.validate_backbone()  # fields that `from_pretrained` has changed are not checked yet
+        config.out_indices = config.out_indices  # `BackboneMixin` knows those alone that are named
         super().__init__(config)
         self.num_features = [config.hidden_size for _ in config.stage_names]
         self.embeddings = MIMAEEmbeddings(config)

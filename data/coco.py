@@ -102,7 +102,7 @@ def read_annotations(path: str | os.PathLike) -> CocoAnnotations:
 
 def is_crowd(annotation: Annotation) -> bool:
     """Whether it marks a region of uncounted objects, in which evaluation ignores detections."""
-    return bool(annotation.get("iscrowd", 0))
+    return annotation.get("iscrowd", 0) in (1, "1")
 
 
 def compressed_mask(segmentation: list | dict[str, Any], height: int, width: int) -> dict[str, Any]:

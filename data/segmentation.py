@@ -54,9 +54,10 @@ class SegmentationSource(DenseSource):
     def __init__(
         self, images: ImageSource, masks: ImageSource, *, class_names: Sequence[str], reduce_zero_label: bool = False
     ):
-        if not 0 < len(class_names) <= MOST_CLASSES:
+        most = MOST_CLASSES - reduce_zero_label
+        if not 0 < len(class_names) <= most:
             raise ValueError(
-                f"{images.name} has {len(class_names)} classes; there can be 1 to {MOST_CLASSES}, for "
+                f"{images.name} has {len(class_names)} classes; there can be 1 to {most}, for value "
                 f"{IGNORED_CLASS} stands for pixels that are ignored"
             )
         self.images, self.masks, self.class_names = images, masks, list(class_names)
@@ -78,7 +79,7 @@ class SegmentationSource(DenseSource):
         """Decodes a row that `read` gave.
 
         A mask that has the size of the pixels as a JPEG stores them, where EXIF says that they lie on the side, is
-        turned with them.
+        turned with them; one that has the size of both is taken to be upright.
 
         Returns:
             The image, uint8 (C, H, W), and its mask, uint8 (H, W): class indices, and 255 where a pixel is ignored.

@@ -8,6 +8,7 @@ initialised, but for the convolutions of the pyramid. What is torchvision's, and
   crops of the true masks, which are regressed as they are, in 0 … 1; there they are first rounded to 0 or 1.
 - The losses of the proposal network are divided by the number of anchors that were drawn; there by 256 per image,
   which is the same as long as there are so many.
+- In training, proposals are clipped to the padded square, and not to the picture in it.
 - The corners of the anchors are rounded to whole pixels.
 - The box of a proposal is predicted for the background, too, which no loss sees; so is its mask.
 
@@ -319,6 +320,7 @@ def build_mask_rcnn(
     id2label = dict(id2label)
     label2id = {name: label for label, name in id2label.items()}
     config = MaskRCNNConfig(backbone_config=backbone.config, id2label=id2label, label2id=label2id, **fields)
+    config._attn_implementation = backbone.config._attn_implementation  # else the outer model sets the default
     model = MaskRCNNForInstanceSegmentation(config)
     model.backbone = backbone
     return model

@@ -112,6 +112,7 @@ def build_upernet(
         auxiliary_loss_weight=auxiliary_loss_weight,
         pool_scales=pool_scales,
     )
+    config._attn_implementation = backbone.config._attn_implementation  # else the outer model sets the default
     model = UperNet(config)
     model.backbone = backbone
     return model

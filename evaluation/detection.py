@@ -9,15 +9,16 @@ processes, or written as JSON.
 """
 
 import logging
+import math
 from collections.abc import Iterable, Sequence
 from os import PathLike
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from faster_coco_eval import COCO, COCOeval_faster
 from faster_coco_eval.core import mask as run_length
-from torchvision.models.detection.roi_heads import paste_masks_in_image
 
 from ..data.coco import Annotation, CocoAnnotations, compressed_mask, is_crowd, read_annotations
 
@@ -26,6 +27,7 @@ logger = logging.getLogger(__name__)
 Record = dict[str, Any]
 
 MASK_THRESHOLD = 0.5
+TARGET_SHIFT = 0.5  # pixels of the model's image: torchvision samples a mask's target by so much to the upper left
 KINDS = {"box": ("bbox", "bbox"), "mask": ("segm", "segmentation")}  # the evaluator's name, and the record's key
 # COCO's twelve numbers, in its order; AP over IoU 0.5 to 0.95 unless said, AR with at most so many detections
 NAMES = (
@@ -57,13 +59,14 @@ def restore_detections(
         raise ValueError("detections have boxes or scores that are not finite: the model's weights have diverged")
     height, width = original_size
     scale = torch.tensor([width / image_size[1], height / image_size[0]]).repeat(2)
+    shifted = (boxes + TARGET_SHIFT) * scale
     boxes = (boxes * scale).clamp(min=torch.zeros(4), max=torch.tensor([width, height, width, height]))
     return {
         "boxes": boxes,
         "scores": scores,
         "labels": detections["labels"].cpu(),
         # one by one: a hundred masks of a large photograph, as floats, would fill the memory
-        "masks": [_pasted(mask, box, (height, width)) for mask, box in zip(masks, boxes, strict=True)],
+        "masks": [_pasted(mask, box, (height, width)) for mask, box in zip(masks, shifted, strict=True)],
     }
 
 
@@ -130,10 +133,26 @@ def detection_metrics(
 
 
 def _pasted(mask: torch.Tensor, box: torch.Tensor, size: tuple[int, int]) -> dict[str, Any]:
-    """A mask (1, M, M) enlarged to its box in an image of (H, W), as a run-length code."""
-    pixels = paste_masks_in_image(mask[None], box[None], size)[0, 0] >= MASK_THRESHOLD  # (H, W)
-    code = run_length.encode(np.asfortranarray(pixels.numpy(), dtype=np.uint8))
+    """A mask (1, M, M) of a box in an image of (H, W), sampled at the centres of its pixels, as a run-length code.
+
+    torchvision's own `paste_masks_in_image` rounds the box to whole pixels, which small objects feel.
+    """
+    left, top, right, bottom = box.tolist()
+    rows, columns = _covered(top, bottom, size[0]), _covered(left, right, size[1])
+    y = 2 * (rows + 0.5 - top) / (bottom - top) - 1  # -1 … 1 over the box
+    x = 2 * (columns + 0.5 - left) / (right - left) - 1
+    grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)  # (rows, columns, 2)
+    pixels = np.zeros(size, dtype=np.uint8, order="F")
+    if grid.numel():
+        sampled = F.grid_sample(mask[None], grid[None], align_corners=False)[0, 0]  # (rows, columns)
+        pixels[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1] = sampled >= MASK_THRESHOLD
+    code = run_length.encode(pixels)
     return {"size": list(size), "counts": code["counts"].decode("ascii")}
+
+
+def _covered(start: float, end: float, length: int) -> torch.Tensor:
+    """The pixels along a side of an image that a box reaches into."""
+    return torch.arange(max(0, math.floor(start)), min(length, math.ceil(end)))
 
 
 def _check_images(image_ids: Iterable[int], known: Iterable[int], problem: str) -> None:
@@ -163,5 +182,7 @@ def _truth(annotation: Annotation, height: int, width: int) -> Annotation | None
         mask = compressed_mask(annotation["segmentation"], height, width)
     except ValueError:
         return None
-    area = annotation.get("area", run_length.area(mask))
-    return annotation | {"segmentation": mask, "area": float(area), "iscrowd": int(is_crowd(annotation))}
+    area = annotation.get("area")
+    is_number = isinstance(area, int | float) and math.isfinite(area)
+    area = float(area if is_number else run_length.area(mask))
+    return annotation | {"segmentation": mask, "area": area, "iscrowd": int(is_crowd(annotation))}

@@ -41,8 +41,7 @@ def detectron2_state(model: PreTrainedModel) -> dict[str, torch.Tensor]:
         ValueError: a model that detectron2's ViT cannot be: positions on a grid that is not square, a bias of relative
             positions as BEiT has it, or windows larger than the grid.
     """
-    pyramid = getattr(model, "pyramid", None)
-    encoder = model if pyramid is None else model.backbone
+    pyramid, encoder = getattr(model, "pyramid", None), model.base_model
     _check_config(encoder.config)
     state = {}
     for name, value in official_state(encoder).items():

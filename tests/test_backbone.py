@@ -181,6 +181,19 @@ def test_a_window_larger_than_the_image_is_global_attention():
     assert torch.equal(last_map(windowed, images()), last_map(everywhere, images()))
 
 
+@pytest.mark.parametrize("name", RELATIVE)
+def test_offsets_mean_the_same_in_a_window_larger_than_the_image(name: str):
+    large = backbone_of(window_size=7, global_attention_indexes=[], **{name: True})
+    fitting = backbone_of(window_size=4, global_attention_indexes=[], **{name: True})
+    for key, table in large.state_dict().items():
+        if ".relative_positions." in key:
+            table = table[3:10]  # offsets -3 … 3 of -6 … 6
+        elif ".relative_position_bias.table" in key:
+            table = table[:, 3:10, 3:10]
+        fitting.state_dict()[key].copy_(table)
+    torch.testing.assert_close(last_map(large, images()), last_map(fitting, images()), rtol=0, atol=1e-6)
+
+
 def test_windows_do_not_see_each_other_and_global_blocks_do():
     changed = images()
     changed[:, :, :8, :8] += 1  # the first of 2 x 2 windows
@@ -251,6 +264,15 @@ def test_auto_backbone_makes_one_from_a_configuration():
     assert config.out_indices == [2, 4]
 
 
+def test_stages_that_nobody_named_are_not_written_down(tmp_path):
+    MIMAEModel(MIMAEConfig(**SIZES)).save_pretrained(tmp_path / "four")
+    shallow = MIMAEModel.from_pretrained(tmp_path / "four", num_hidden_layers=2)
+    shallow.save_pretrained(tmp_path / "two")
+    assert MIMAEBackbone.from_pretrained(tmp_path / "two").config.out_indices == [2]
+    named = MIMAEConfig(**SIZES, out_indices=[1, 3])
+    assert MIMAEConfig.from_dict(named.to_dict()).out_features == ["stage1", "stage3"]
+
+
 def test_a_saved_backbone_is_the_same_again(tmp_path):
     backbone = backbone_of(add_fpn=True, out_indices=[1, 2, 3, 4], use_relative_position_bias=True)
     backbone.save_pretrained(tmp_path)
@@ -273,10 +295,11 @@ def test_a_pretraining_checkpoint_lacks_just_what_is_new(tmp_path):
     assert all((layer.attention.relative_position_bias.table == 0).all() for layer in backbone.layers)
 
 
-def test_a_pyramid_on_a_checkpoint_with_one_map_is_refused_by_name(tmp_path):
+def test_a_pyramid_on_a_pretraining_checkpoint_takes_maes_blocks_and_named_ones_must_be_four(tmp_path):
     MIMAEForPreTraining(MIMAEConfig(**SIZES)).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"pyramid of four maps, but out_indices=\[4\]"):
-        MIMAEBackbone.from_pretrained(tmp_path, add_fpn=True)
+    assert MIMAEBackbone.from_pretrained(tmp_path, add_fpn=True).config.out_indices == [1, 2, 3, 4]
+    with pytest.raises(ValueError, match=r"pyramid of four maps, but out_indices=\[4\] of 4 blocks: name four"):
+        MIMAEBackbone.from_pretrained(tmp_path, add_fpn=True, out_indices=[4])
 
 
 def test_a_stock_vit_becomes_a_backbone(tmp_path):

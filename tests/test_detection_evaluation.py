@@ -12,11 +12,12 @@ from PIL import Image
 from pycocotools import mask as pycocotools_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from torchvision.models.detection.roi_heads import project_masks_on_boxes
 from torchvision.ops import masks_to_boxes
 
 from mimae.data import scenes
 from mimae.data.coco import open_coco_source
-from mimae.evaluation.detection import NAMES, detection_metrics, detection_records, restore_detections
+from mimae.evaluation.detection import NAMES, _truth, detection_metrics, detection_records, restore_detections
 from mimae.evaluation.detection_pictures import save_detections
 
 SIDE, NUM_IMAGES, CATEGORIES = 160, 40, (2, 5, 9)
@@ -299,3 +300,34 @@ def test_pictures_take_grey_images_many_classes_and_nothing_detected(scene, tmp_
     assert (tmp_path / "a.png").stat().st_size > 1000
     with pytest.raises(ValueError, match="2 images, 1 detections"):
         save_detections([image] * 2, [nothing], [target], names, tmp_path / "b.png")
+
+
+def test_true_masks_survive_the_way_to_a_target_and_back_even_if_they_are_small():
+    # a model that predicts its target exactly: the mean IoU that a detector can reach, for ellipses of 8 to 30 pixels
+    random = np.random.default_rng(0)
+    rows, columns = np.mgrid[:96, :96]
+    overlaps = []
+    for _ in range(50):
+        (y, x), (height, width) = random.uniform(20, 76, size=2), random.uniform(4, 15, size=2)
+        mask = torch.from_numpy(((rows - y) / height) ** 2 + ((columns - x) / width) ** 2 <= 1).to(torch.uint8)
+        box = masks_to_boxes(mask[None]) + torch.tensor([0, 0, 1, 1])
+        target = project_masks_on_boxes(mask[None], box, torch.zeros(1, dtype=torch.int64), 28)  # (1, 28, 28)
+        found = restore_detections(
+            {
+                "boxes": box,
+                "scores": torch.ones(1),
+                "labels": torch.zeros(1, dtype=torch.int64),
+                "masks": target[None],
+            },
+            image_size=(96, 96),
+            original_size=(96, 96),
+        )
+        drawn = pycocotools_mask.decode(found["masks"][0]).astype(bool)
+        overlaps.append((drawn & mask.bool().numpy()).sum() / (drawn | mask.bool().numpy()).sum())
+    assert np.mean(overlaps) > 0.97
+
+
+@pytest.mark.parametrize("area", [None, "12", float("nan")])
+def test_an_area_that_is_no_number_is_that_of_the_mask(area):
+    square = {"segmentation": [[2, 2, 6, 2, 6, 6, 2, 6]], "bbox": [2, 2, 4, 4], "area": area}
+    assert _truth(square, 10, 10)["area"] == 16

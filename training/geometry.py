@@ -13,6 +13,7 @@ from scipy.interpolate import RectBivariateSpline
 from ..configuration_mimae import MIMAEConfig
 from ..configuration_misimmim import MISimMIMConfig
 from ..modeling_mimae import interpolate_positions
+from ..modeling_mimae_backbone import resize_bias, resize_embeddings
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +40,13 @@ def fit_vit_positions(
         name: interpolate_positions(weight, there.grid_size, here.grid_size) if name.endswith(POSITIONS) else weight
         for name, weight in state.items()
     }
+
+
+def fit_relative_positions(weight: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """Relative positions of a `MIMAEBackbone` for another grid, or what else already has the shape as it is."""
+    if weight.shape == shape:
+        return weight
+    return resize_bias(weight, tuple(shape[1:])) if weight.ndim == 3 else resize_embeddings(weight, shape[0])
 
 
 def fit_swin_tables(

@@ -16,6 +16,7 @@ from transformers import AutoImageProcessor, PreTrainedConfig, PreTrainedModel
 
 from ..data.words import some
 from .families import FAMILIES
+from .geometry import fit_relative_positions
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +25,8 @@ MODEL_TYPES = tuple(name for family in FAMILIES.values() for name in family.down
 FILE_FIELDS = ("architectures", "auto_map", "model_type", "transformers_version", "dtype")
 HEAD_KEYS = ("classifier.", "fc_norm.")
 # of a backbone, beside an encoder's
-BACKBONE_KEYS = re.compile(r"fpn\.|layers\.\d+\.attention\.relative_position")
+RELATIVE = re.compile(r"^layers\.\d+\.attention\.relative_position")
+BACKBONE_KEYS = re.compile(rf"fpn\.|{RELATIVE.pattern}")
 LAST_NORM = ("layernorm.weight", "layernorm.bias")
 
 
@@ -149,10 +151,9 @@ class Checkpoint:
             config._attn_implementation = model.config._attn_implementation
             state = self.family.fit_weights(model.state_dict(), there, config)
             model = model_class(config)
-            drawn = model.state_dict()
-            # relative positions of another grid
-            new |= {key for key in state if BACKBONE_KEYS.match(key) and state[key].shape != drawn[key].shape}
-            model.load_state_dict({**state, **{key: drawn[key] for key in new}})
+            shapes = {key: value.shape for key, value in model.state_dict().items()}
+            relative = {key: fit_relative_positions(state[key], shapes[key]) for key in state if RELATIVE.search(key)}
+            model.load_state_dict({**state, **relative})
         if new:
             names = sorted({re.sub(r"\.\d+\.", ".*.", key) for key in new})
             logger.info("new, as %s has no weights for it: %s", self.path, ", ".join(names))
