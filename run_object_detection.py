@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import gather_object
 from torch import nn
 from transformers import DetrImageProcessor
 
@@ -27,12 +27,9 @@ from mimae.data.detection_augmentation import detection_evaluation_transform, la
 from mimae.dense.mask_rcnn import LEVEL_STRIDES, MaskRCNNForInstanceSegmentation, build_mask_rcnn
 from mimae.evaluation.detection import Record, detection_metrics, detection_records, restore_detections
 from mimae.evaluation.detection_pictures import save_detections
-from mimae.training.arguments import HubArguments, ModelArguments, RecipeError, parse_arguments
+from mimae.training.arguments import RecipeError
 from mimae.training.dense_arguments import DETECTOR_FLAGS, DetectionArguments, DetectionDataArguments
-from mimae.training.dense_results import write_dense_results
 from mimae.training.dense_run import DenseRun
-from mimae.training.downstream import start_processes
-from mimae.training.families import CONFIG_CLASSES
 from mimae.training.optimization import WarmupMultiStep
 
 CONVOLUTIONS = 4  # of a head
@@ -40,28 +37,15 @@ DEFAULT_RECIPE = Path(__file__).parent / "recipes" / "detection.yaml"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the task and returns the exit code.
-
-    Args:
-        argv: flags; None = the command line.
-
-    Raises:
-        ValueError and its kin, before training starts: a flag, recipe, checkpoint or data set that cannot be used.
-    """
-    groups = (ModelArguments, DetectionDataArguments, DetectionArguments, HubArguments)
-    (model_args, data_args, args, hub_args), model_fields, recipe = parse_arguments(
-        argv, groups, CONFIG_CLASSES, default_recipe=DEFAULT_RECIPE, description=__doc__
-    )
-    output_dir = start_processes(args, recipe)
-    set_seed(args.seed)
-    run = DetectionRun(model_args, data_args, args, hub_args, model_fields, output_dir)
-    return run.execute(run.finetune, write_dense_results)
+    """Runs the task on these flags, None being the command line's, and returns the exit code."""
+    return DetectionRun.execute_flags(argv, default_recipe=DEFAULT_RECIPE, description=__doc__)
 
 
 class DetectionRun(DenseRun):
     """Mask R-CNN on the images and the checkpoint that the flags name."""
 
     TASK = "detection"
+    GROUPS = (DetectionDataArguments, DetectionArguments)
 
     data_args: DetectionDataArguments
     args: DetectionArguments
@@ -115,7 +99,7 @@ class DetectionRun(DenseRun):
 
     @property
     def image_processor(self) -> DetrImageProcessor:
-        """Resizes with its proportions and pads to a square."""
+        """Resizes with its proportions and pads to a square; it may round to a pixel less than this script does."""
         side = self.image_size[0]
         return DetrImageProcessor(
             size={"max_height": side, "max_width": side},

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from accelerate.utils import reduce, set_seed
+from accelerate.utils import reduce
 from torch import nn
 from transformers import SegformerImageProcessor
 
@@ -28,46 +28,24 @@ from mimae.data.segmentation_augmentation import segmentation_evaluation_transfo
 from mimae.dense.upernet import UperNet, build_upernet
 from mimae.evaluation.segmentation import MeanIoU, segment
 from mimae.evaluation.segmentation_pictures import save_segmentations
-from mimae.training.arguments import HubArguments, ModelArguments, RecipeError, parse_arguments
+from mimae.training.arguments import RecipeError
 from mimae.training.dense_arguments import SegmentationArguments, SegmentationDataArguments
-from mimae.training.dense_results import write_dense_results
 from mimae.training.dense_run import DenseRun
-from mimae.training.downstream import start_processes
-from mimae.training.families import CONFIG_CLASSES
 from mimae.training.optimization import WarmupPolynomial
 
 DEFAULT_RECIPE = Path(__file__).parent / "recipes" / "segmentation.yaml"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the task and returns the exit code.
-
-    Args:
-        argv: flags; None = the command line.
-
-    Raises:
-        ValueError and its kin, before training starts: a flag, recipe, checkpoint or data set that cannot be used.
-    """
-    groups = (ModelArguments, SegmentationDataArguments, SegmentationArguments, HubArguments)
-    (model_args, data_args, args, hub_args), model_fields, recipe = parse_arguments(
-        argv,
-        groups,
-        CONFIG_CLASSES,
-        default_recipe=DEFAULT_RECIPE,
-        description=__doc__,
-        places=SegmentationDataArguments.PLACES,
-        data_keys=SegmentationDataArguments.DATA_KEYS,
-    )
-    output_dir = start_processes(args, recipe)
-    set_seed(args.seed)
-    run = SegmentationRun(model_args, data_args, args, hub_args, model_fields, output_dir)
-    return run.execute(run.finetune, write_dense_results)
+    """Runs the task on these flags, None being the command line's, and returns the exit code."""
+    return SegmentationRun.execute_flags(argv, default_recipe=DEFAULT_RECIPE, description=__doc__)
 
 
 class SegmentationRun(DenseRun):
     """UperNet on the images and the checkpoint that the flags name."""
 
     TASK = "segmentation"
+    GROUPS = (SegmentationDataArguments, SegmentationArguments)
 
     data_args: SegmentationDataArguments
     args: SegmentationArguments

@@ -19,7 +19,7 @@ DETECTION = (ModelArguments, DetectionDataArguments, DetectionArguments, HubArgu
 
 def parse(argv: list[str], groups: tuple[type, ...], recipe: Path):
     data = groups[1]
-    keys = {"places": data.PLACES, "data_keys": data.DATA_KEYS} if data is SegmentationDataArguments else {}
+    keys = {"places": data.PLACES, "data_keys": data.DATA_KEYS}
     return parse_arguments(argv, groups, CONFIG_CLASSES, default_recipe=recipe, description="", **keys)
 
 

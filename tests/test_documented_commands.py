@@ -10,6 +10,8 @@ from typing import Any, NoReturn
 
 import pytest
 
+from mimae.training import dense_run
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PROGRAM = re.compile(r"run_\w+\.py|mimae\.[\w.]+")
@@ -46,8 +48,9 @@ def stopping_after(parse: Callable[..., Any]) -> Callable[..., NoReturn]:
 )
 def test_every_documented_command_is_understood(module, argv, monkeypatch):
     script = importlib.import_module(module)
-    if hasattr(script, "parse_arguments"):
-        monkeypatch.setattr(script, "parse_arguments", stopping_after(script.parse_arguments))
+    owner = script if hasattr(script, "parse_arguments") else dense_run
+    if module.startswith("mimae.run_"):
+        monkeypatch.setattr(owner, "parse_arguments", stopping_after(owner.parse_arguments))
     else:
         monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stopping_after(argparse.ArgumentParser.parse_args))
     monkeypatch.chdir(ROOT)

@@ -6,6 +6,7 @@ K = 3 classes, images of 64 x 64 pixels, levels at strides of 2 to 32.
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from references import TINY
 from torch import nn
 from torchvision import tv_tensors
 from torchvision.models.detection import MaskRCNN
@@ -326,3 +327,8 @@ def test_an_encoder_that_no_pyramid_can_stand_on_is_refused(fields, reason):
 
 def test_the_type_is_known_to_transformers():
     assert isinstance(AutoConfig.for_model("mimae_mask_rcnn", **WIDTHS), MaskRCNNConfig)
+
+
+def test_a_built_model_keeps_the_encoders_attention_implementation():
+    backbone = MIMAEBackbone(MIMAEConfig(**TINY, attn_implementation="eager"))
+    assert build_mask_rcnn(backbone, id2label={0: "a"}).backbone.config._attn_implementation == "eager"

@@ -5,6 +5,7 @@ K = 3 classes, images of 32 x 32 pixels, maps of 16 to 2 places a side.
 
 import pytest
 import torch
+from references import TINY
 from torch import nn
 from transformers import UperNetForSemanticSegmentation
 
@@ -164,3 +165,9 @@ def test_an_encoder_of_one_map_and_a_single_class_are_refused():
 
 def test_it_is_a_segmenter_of_transformers():
     assert issubclass(UperNet, UperNetForSemanticSegmentation)
+
+
+def test_a_built_model_keeps_the_encoders_attention_implementation():
+    config = MIMAEConfig(**{**TINY, "num_hidden_layers": 4}, add_fpn=True, attn_implementation="eager")
+    model = build_upernet(MIMAEBackbone(config), id2label={0: "a", 1: "b"}, channels=8, auxiliary_channels=8)
+    assert model.backbone.config._attn_implementation == "eager"

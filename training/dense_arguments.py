@@ -21,6 +21,10 @@ DETECTOR_FLAGS = (
 class DenseDataArguments(CheckedArguments):
     """How images are read and flipped."""
 
+    # a flag of the first replaces all of the second that a recipe names: see `parse_arguments`
+    PLACES: ClassVar[tuple[str, ...]] = ()
+    DATA_KEYS: ClassVar[tuple[str, ...]] = ()
+
     dataloader_num_workers: int = option(
         0, "Processes that read and decode, for each training process; no influence on what is seen."
     )
@@ -38,7 +42,7 @@ class DenseDataArguments(CheckedArguments):
 class SegmentationDataArguments(DenseDataArguments):
     """Images with a mask of classes; `data.segmentation.open_segmentation_source` says how they are found."""
 
-    # one of them says where the images are, and these say more about them: see `parse_arguments`
+    # one of them says where the images are, and these say more about them
     PLACES: ClassVar = ("train_dir", "dataset_name", "data_files")
     DATA_KEYS: ClassVar = (
         *PLACES,
@@ -182,7 +186,9 @@ class DetectionArguments(DenseArguments):
     head_channels: int = option(256, "Width of the four convolutions of the box head, and of the mask head.")
     box_features: int = option(1024, "Width of the box head's last layer.")
     rpn_batch_size_per_image: int = option(256, "Anchors of an image that the proposal network's losses are of.")
-    rpn_post_nms_top_n: int = option(1000, "Proposals of an image that are looked at.")
+    rpn_post_nms_top_n: int = option(
+        1000, "Proposals of an image that are looked at; a level of the pyramid gives as many, in training twice."
+    )
     box_batch_size_per_image: int = option(512, "Proposals of an image that the heads' losses are of.")
     score_threshold: float = option(0.05, "Detections below this score are left out.")
 

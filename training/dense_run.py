@@ -1,21 +1,23 @@
 """What segmentation and detection have in common: a model on a backbone, trained, tested and shown in a picture."""
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
 from accelerate import PartialState
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, set_seed
 from torch import nn
 from transformers import PreTrainedModel
 
 from ..data.dense import DenseEvaluationLoader, DenseLoader, DenseSample, DenseSource, DenseTransform
-from .arguments import RecipeError
+from .arguments import HubArguments, ModelArguments, RecipeError, parse_arguments
 from .dense_arguments import DenseArguments, DenseDataArguments
+from .dense_results import write_dense_results
 from .dense_trainer import DenseTrainer
-from .downstream import DownstreamRun
+from .downstream import DownstreamRun, start_processes
+from .families import CONFIG_CLASSES
 from .optimization import WarmupSchedule, build_finetuning_adamw
 
 PICTURED_IMAGES = 8
@@ -34,6 +36,7 @@ class DenseRun(DownstreamRun):
 
     IS_DENSE: ClassVar[bool] = True
     TASK: ClassVar[str]  # as `write_dense_results` calls it
+    GROUPS: ClassVar[tuple[type[DenseDataArguments], type[DenseArguments]]]  # its flags
 
     data_args: DenseDataArguments
     args: DenseArguments
@@ -44,6 +47,35 @@ class DenseRun(DownstreamRun):
             raise RecipeError("add_fpn: the task says whether the encoder has a pyramid of its own; leave it out")
         self.predictions: dict[int, Any] = {}  # of images to draw, by index
         self.per_class: dict[str, float | None] | None = None  # of the newest evaluation, where the task has it
+
+    @classmethod
+    def execute_flags(cls, argv: Sequence[str] | None, *, default_recipe: Path, description: str) -> int:
+        """Does what the command line says, and returns the script's exit code.
+
+        Args:
+            argv: flags; None = the process's.
+            default_recipe: without --config.
+            description: of the script, for --help.
+
+        Raises:
+            ValueError and its kin, before training starts: a flag, recipe, checkpoint or data set that cannot be used;
+                while it reads, an image whose annotation has a class that is none of the set's.
+        """
+        data_class, arguments_class = cls.GROUPS
+        groups, model_fields, recipe = parse_arguments(
+            argv,
+            (ModelArguments, data_class, arguments_class, HubArguments),
+            CONFIG_CLASSES,
+            default_recipe=default_recipe,
+            description=description,
+            places=data_class.PLACES,
+            data_keys=data_class.DATA_KEYS,
+        )
+        args = groups[2]
+        output_dir = start_processes(args, recipe)
+        set_seed(args.seed)
+        run = cls(*groups, model_fields, output_dir)
+        return run.execute(run.finetune, write_dense_results)
 
     # --- what a task brings -----------------------------------------------------------------------------------------
 
