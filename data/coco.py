@@ -3,8 +3,8 @@
 Shapes: C channels, H, W an image's height and width, n objects in it, K classes.
 
 What is wrong with the file itself is an error when it is opened. What is wrong with one object leaves that object out,
-of training and of evaluation alike, and a warning counts what was left out and why; a mask without a pixel, which shows
-when it is drawn, is left out of training alone, as COCO's evaluation counts it. What is wrong with an image is a
+of training and of evaluation alike, and a warning counts what was left out and why; a mask without a pixel, which
+shows when it is drawn, is left out of training alone, as COCO's evaluation counts it. What is wrong with an image is a
 `BadImageError`, for which a loader takes another image.
 """
 

@@ -320,9 +320,10 @@ def build_mask_rcnn(
     id2label = dict(id2label)
     label2id = {name: label for label, name in id2label.items()}
     config = MaskRCNNConfig(backbone_config=backbone.config, id2label=id2label, label2id=label2id, **fields)
-    config._attn_implementation = backbone.config._attn_implementation  # else the outer model sets the default
+    attention = backbone.config._attn_implementation
     model = MaskRCNNForInstanceSegmentation(config)
     model.backbone = backbone
+    backbone.config._attn_implementation = attention  # building the outer model has set the default
     return model
 
 

@@ -112,7 +112,8 @@ def build_upernet(
         auxiliary_loss_weight=auxiliary_loss_weight,
         pool_scales=pool_scales,
     )
-    config._attn_implementation = backbone.config._attn_implementation  # else the outer model sets the default
+    attention = backbone.config._attn_implementation
     model = UperNet(config)
     model.backbone = backbone
+    backbone.config._attn_implementation = attention  # building the outer model has set the default
     return model
