@@ -319,11 +319,11 @@ def build_mask_rcnn(
     """
     id2label = dict(id2label)
     label2id = {name: label for label, name in id2label.items()}
-    config = MaskRCNNConfig(backbone_config=backbone.config, id2label=id2label, label2id=label2id, **fields)
     attention = backbone.config._attn_implementation
+    config = MaskRCNNConfig(backbone_config=backbone.config, id2label=id2label, label2id=label2id, **fields)
     model = MaskRCNNForInstanceSegmentation(config)
     model.backbone = backbone
-    backbone.config._attn_implementation = attention  # building the outer model has set the default
+    backbone.config._attn_implementation = attention  # which the outer model has set to its own
     return model
 
 

@@ -102,6 +102,7 @@ def build_upernet(
         raise ValueError("UperNet needs maps of four sizes: set add_fpn=True in the encoder's configuration")
     if len(id2label) < 2:
         raise ValueError(f"{len(id2label)} class: segmentation needs two at least")
+    attention = backbone.config._attn_implementation
     config = UperNetConfig(
         backbone_config=backbone.config,
         id2label=dict(id2label),
@@ -112,8 +113,7 @@ def build_upernet(
         auxiliary_loss_weight=auxiliary_loss_weight,
         pool_scales=pool_scales,
     )
-    attention = backbone.config._attn_implementation
     model = UperNet(config)
     model.backbone = backbone
-    backbone.config._attn_implementation = attention  # building the outer model has set the default
+    backbone.config._attn_implementation = attention  # which the outer model has set to its own
     return model
