@@ -21,7 +21,7 @@ from accelerate.utils import gather_object
 from torch import nn
 from transformers import DetrImageProcessor
 
-from mimae.data.coco import CocoSource, open_coco_source
+from mimae.data.coco import CocoSource
 from mimae.data.dense import DenseTransform
 from mimae.data.detection_augmentation import detection_evaluation_transform, large_scale_jitter
 from mimae.dense.mask_rcnn import LEVEL_STRIDES, MaskRCNNForInstanceSegmentation, build_mask_rcnn
@@ -167,11 +167,11 @@ def open_annotated(split: str, annotation_file: str | None, image_dir: str | Non
 
     Raises:
         RecipeError: the flags of this split are missing.
-        ValueError: there is no object at all; see also `open_coco_source`.
+        ValueError: there is no object at all; see also `CocoSource`.
     """
     if annotation_file is None:
         raise RecipeError(f"there are no images: give --{split}_annotation_file and --{split}_image_dir")
-    source = open_coco_source(annotation_file, image_dir, keep_empty=keep_empty)
+    source = CocoSource(annotation_file, image_dir, keep_empty=keep_empty)
     if source.num_objects == 0:
         raise ValueError(f"{annotation_file} has no object that can be used")
     return source

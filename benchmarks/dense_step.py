@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from mimae import MIMAEBackbone, MIMAEConfig
-from mimae.data.coco import open_coco_source
+from mimae.data.coco import CocoSource
 from mimae.data.dense import DenseLoader, DenseSource
 from mimae.data.detection_augmentation import large_scale_jitter
 from mimae.data.processor import channel_statistics
@@ -59,7 +59,7 @@ def detection(folder: Path) -> tuple[torch.nn.Module, DenseSource, Any]:
     """Mask R-CNN as ViTDet has it for COCO, its images and its augmentation."""
     size = VITDET_BASE["image_size"]
     scenes(folder, size)
-    source = open_coco_source(folder / "annotations/instances_train.json", folder / "images/train", keep_empty=False)
+    source = CocoSource(folder / "annotations/instances_train.json", folder / "images/train", keep_empty=False)
     backbone = MIMAEBackbone(MIMAEConfig.preset("vit-base", **VITDET_BASE))
     model = build_mask_rcnn(backbone, id2label=dict(enumerate(source.class_names)))
     mean, std = channel_statistics(3, None, None)

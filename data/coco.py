@@ -128,15 +128,24 @@ def compressed_mask(segmentation: list | dict[str, Any], height: int, width: int
 
 
 class CocoSource(DenseSource):
-    """Images with their objects. Open it with `open_coco_source`.
+    """Images with their objects.
 
     A row is (encoded image, annotations as the file has them, without crowds). They are kept as JSON text: as Python
     objects, COCO's 860,000 would need gigabytes, and again in every worker.
+
+    Args:
+        path: of the annotations, JSON in the format of COCO's `instances_*.json`.
+        image_dir: the folder that its `file_name`s start from.
+        keep_empty: whether images without a usable object belong to the source, as evaluation needs them. detectron2
+            trains without them.
 
     Attributes:
         image_ids: int64 (images,), the file's ids of the rows.
         category_ids: the file's ids of the K classes, ascending: the way back from a label.
         num_objects: of all images, as far as it shows without drawing their masks.
+
+    Raises:
+        ValueError: what `read_annotations` refuses; images that are not in the folder; no image is left.
     """
 
     def __init__(self, path: str | os.PathLike, image_dir: str | os.PathLike, *, keep_empty: bool):
@@ -225,23 +234,6 @@ class CocoSource(DenseSource):
             )
             self._has_warned = True
         return None
-
-
-def open_coco_source(
-    annotation_file: str | os.PathLike, image_dir: str | os.PathLike, *, keep_empty: bool
-) -> CocoSource:
-    """Opens images with COCO's annotations.
-
-    Args:
-        annotation_file: JSON in the format of COCO's `instances_*.json`.
-        image_dir: the folder that its `file_name`s start from.
-        keep_empty: whether images without a usable object belong to the source, as evaluation needs them. detectron2
-            trains without them.
-
-    Raises:
-        ValueError: what `read_annotations` refuses; images that are not in the folder; no image is left.
-    """
-    return CocoSource(annotation_file, image_dir, keep_empty=keep_empty)
 
 
 def _parse(path: str | os.PathLike) -> dict[str, Any]:

@@ -177,8 +177,18 @@ def run_lengths(mask: np.ndarray) -> list[int]:
     return [0, *lengths] if values[0] else lengths
 
 
+def refuse_used_folder(folder: Path) -> None:
+    """Raises a ValueError where a set lies already: two of them would be read as one."""
+    if used := [kind for kind in ("images", "masks", "annotations") if (folder / kind).exists()]:
+        raise ValueError(f"{folder} holds {', '.join(used)} already: take another --output_dir, or remove it")
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    """Composes the splits that the flags ask for."""
+    """Composes the splits that the flags ask for.
+
+    Raises:
+        ValueError: a folder that holds a set; sprites that are not there; not one name for each class.
+    """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--sprites", help="a folder of Fashion-MNIST's IDX files; default: the embedded digits")
@@ -188,9 +198,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     for split, count in SPLITS.items():
         parser.add_argument(f"--{split}_images", type=int, default=count, help=f"default: {count}")
     flags = parser.parse_args(argv)
+    refuse_used_folder(flags.output_dir)
     for stream, split in enumerate(SPLITS):
         held_out = split == HELD_OUT
         sprites = open_image_source(train_dir=flags.sprites, split="test" if held_out else "train")
+        if flags.class_names and len(flags.class_names) != (count := sprites.labels().max() + 1):
+            raise ValueError(f"--class_names gives {len(flags.class_names)} names to {count} classes of sprites")
         composer = SceneComposer(
             sprites, photographs(held_out), scene_size=flags.scene_size, seed=flags.seed, stream=stream
         )

@@ -6,7 +6,7 @@ The transforms take (image uint8 (C, H, W), mask (H, W)), as `SegmentationSource
 float32 (C, h, w), normalised; mask int64). They draw from torch's default generator only.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,10 +15,9 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
+from .dense import DenseTransform
 from .segmentation import IGNORED_CLASS
 from .transforms import Normalization
-
-DenseTransform = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 CROPS_TRIED = 10
 

@@ -259,6 +259,7 @@ def write_dense_card(folder: str | os.PathLike, *, results: Mapping[str, Any], p
             title,
             task.pipeline_tag,
             [results["task"]],
+            library_name="mimae",  # no code lies beside the weights
             datasets=_hub_names(recipe.get("dataset_name")),
             base_model=_hub_names(start),
             eval_results=_eval_results(_own_data(results, recipe), figures, task.pipeline_tag),
@@ -315,7 +316,7 @@ def _card_data(
 ) -> ModelCardData:
     return ModelCardData(
         license="apache-2.0",
-        library_name="transformers",
+        library_name=fields.pop("library_name", "transformers"),
         pipeline_tag=pipeline_tag,
         tags=["mimae", *tags],
         model_name=model_name if eval_results else None,

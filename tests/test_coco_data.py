@@ -16,7 +16,7 @@ from torchvision import tv_tensors
 from torchvision.ops import masks_to_boxes
 
 from mimae.data import coco, scenes
-from mimae.data.coco import open_coco_source
+from mimae.data.coco import CocoSource
 from mimae.data.decoding import BadImageError
 from mimae.data.dense import DenseEvaluationLoader, DenseLoader
 from mimae.data.detection_augmentation import detection_evaluation_transform, large_scale_jitter
@@ -59,7 +59,7 @@ def write(folder, data):
 
 
 def opened(folder, *annotations, keep_empty=True):
-    return open_coco_source(write(folder, content(*annotations)), folder, keep_empty=keep_empty)
+    return CocoSource(write(folder, content(*annotations)), folder, keep_empty=keep_empty)
 
 
 def decoded(source, index=0):
@@ -113,7 +113,7 @@ def test_a_polygon_of_four_numbers_is_not_taken_for_a_box(tmp_path):
 
 
 def test_composed_scenes_decode_to_boxes_tight_around_their_masks(composed):
-    source = open_coco_source(*composed, keep_empty=False)
+    source = CocoSource(*composed, keep_empty=False)
     for index in range(len(source)):
         target = decoded(source, index)[1]
         assert torch.equal(torch.as_tensor(target["boxes"])[:, :2], masks_to_boxes(target["masks"])[:, :2])
@@ -121,7 +121,7 @@ def test_composed_scenes_decode_to_boxes_tight_around_their_masks(composed):
 
 
 def test_a_pickled_source_reads_the_same(composed):
-    source = open_coco_source(*composed, keep_empty=True)
+    source = CocoSource(*composed, keep_empty=True)
     copied = pickle.loads(pickle.dumps(source))
     assert [copied.read(index) for index in range(8)] == [source.read(index) for index in range(8)]
     assert copied.fingerprint == source.fingerprint
@@ -222,26 +222,26 @@ def twice(section):
 )
 def test_a_broken_file_is_refused_with_what_is_wrong(tmp_path, data, message):
     with pytest.raises(ValueError, match=message):
-        open_coco_source(write(tmp_path, data), tmp_path, keep_empty=True)
+        CocoSource(write(tmp_path, data), tmp_path, keep_empty=True)
 
 
 def test_sizes_must_be_pixels(tmp_path):
     broken = content(annotation(1))
     broken["images"][1]["height"] = 0
     with pytest.raises(ValueError, match="image 2 has height 0"):
-        open_coco_source(write(tmp_path, broken), tmp_path, keep_empty=True)
+        CocoSource(write(tmp_path, broken), tmp_path, keep_empty=True)
 
 
 def test_missing_files_are_told_at_opening(tmp_path):
     path = write(tmp_path, content(annotation(1)))
     with pytest.raises(ValueError, match="there is no annotation file"):
-        open_coco_source(tmp_path / "none.json", tmp_path, keep_empty=True)
+        CocoSource(tmp_path / "none.json", tmp_path, keep_empty=True)
     with pytest.raises(ValueError, match="not a folder"):
-        open_coco_source(path, tmp_path / "none", keep_empty=True)
+        CocoSource(path, tmp_path / "none", keep_empty=True)
     (tmp_path / "2.png").unlink()
     with pytest.raises(ValueError, match=r"1 of the 2 images .*: 2\.png; name the folder"):
-        open_coco_source(path, tmp_path, keep_empty=True)
-    open_coco_source(path, tmp_path, keep_empty=False)  # the missing one has no object
+        CocoSource(path, tmp_path, keep_empty=True)
+    CocoSource(path, tmp_path, keep_empty=False)  # the missing one has no object
     with pytest.raises(ValueError, match="no image with an object"):
         opened(tmp_path, annotation(1, iscrowd=1), keep_empty=False)
 
@@ -251,10 +251,10 @@ def test_images_may_lie_in_folders_that_the_file_names(tmp_path):
     nested["images"][1]["file_name"] = "deep/er/2.png"
     path = write(tmp_path, nested)
     with pytest.raises(ValueError, match=r"deep/er/2\.png"):
-        open_coco_source(path, tmp_path, keep_empty=True)
+        CocoSource(path, tmp_path, keep_empty=True)
     (tmp_path / "deep" / "er").mkdir(parents=True)
     (tmp_path / "2.png").rename(tmp_path / "deep" / "er" / "2.png")
-    assert open_coco_source(path, tmp_path, keep_empty=True).read(1)[1] == []
+    assert CocoSource(path, tmp_path, keep_empty=True).read(1)[1] == []
 
 
 def test_an_image_that_is_damaged_or_of_another_size_is_a_bad_image(tmp_path):
@@ -379,7 +379,7 @@ def test_evaluation_fits_the_longer_side_and_tells_the_way_back():
 
 def test_loaders_deal_out_scenes_with_their_objects(composed, caplog):
     caplog.set_level(logging.WARNING)
-    source = open_coco_source(*composed, keep_empty=True)
+    source = CocoSource(*composed, keep_empty=True)
     loader = DenseLoader(
         source, transform=large_scale_jitter(32, **NORMALIZATION), num_channels=3, per_device_batch_size=4
     )

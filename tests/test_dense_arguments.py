@@ -76,7 +76,11 @@ def test_a_flag_that_says_where_images_are_replaces_all_that_the_recipe_says_of_
         (SegmentationArguments, {"crop_size": 0}, "crop_size=0 must be at least 1"),
         (SegmentationArguments, {"stride": 513}, "stride=513 is above crop_size=512"),
         (SegmentationArguments, {"short_side": 4096}, "long_side_limit=2048 is below short_side=4096"),
-        (SegmentationArguments, {"min_scale": 3.0}, r"min_scale=3.0 is above max_scale=2.0"),
+        (
+            SegmentationArguments,
+            {"min_scale": 3.0},
+            r"min_scale=3.0 and max_scale=2.0 must be positive, the smaller first",
+        ),
         (SegmentationArguments, {"min_scale": 0.0}, "min_scale=0.0 must be positive"),
         (SegmentationArguments, {"poly_power": 0.0}, "poly_power=0.0 must be positive"),
         (SegmentationArguments, {"learning_rate": 0.0}, "learning_rate=0.0 must be positive"),

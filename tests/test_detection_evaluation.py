@@ -16,7 +16,7 @@ from torchvision.models.detection.roi_heads import project_masks_on_boxes
 from torchvision.ops import masks_to_boxes
 
 from mimae.data import scenes
-from mimae.data.coco import open_coco_source
+from mimae.data.coco import CocoSource
 from mimae.evaluation.detection import NAMES, _truth, detection_metrics, detection_records, restore_detections
 from mimae.evaluation.detection_pictures import save_detections
 
@@ -265,7 +265,7 @@ def scene(tmp_path_factory):
     counts = ["--pretrain_images", "0", "--train_images", "1", "--validation_images", "0"]
     scenes.main(["--output_dir", str(folder), "--scene_size", "64", *counts])
     path = folder / "annotations" / "instances_train.json"
-    source = open_coco_source(path, folder / "images" / "train", keep_empty=True)
+    source = CocoSource(path, folder / "images" / "train", keep_empty=True)
     image, target = source.decode(0, source.read(0), 3)
     size = tuple(image.shape[-2:])
     detections = restore_detections(

@@ -82,7 +82,7 @@ def test_the_import_rules_see_what_they_should(tmp_path):
 
 def test_there_are_files_to_check():
     assert {"configuration_mimae.py", "masking.py", "modeling_mimae.py", "mutual_information.py"} <= set(HUB_FILES)
-    assert {"data", "evaluation", "hub", "training"} <= set(SUB_PACKAGES)
+    assert {"data", "dense", "evaluation", "hub", "training"} <= set(SUB_PACKAGES)
 
 
 @pytest.mark.parametrize("name", HUB_FILES)

@@ -96,6 +96,16 @@ def test_held_out_scenes_stand_before_another_part_of_the_photographs():
         assert training.shape[1] == 426
 
 
+def test_a_folder_that_holds_a_set_is_refused(scenes):
+    with pytest.raises(ValueError, match="holds images, masks, annotations already"):
+        compose(scenes)
+
+
+def test_there_must_be_a_name_for_each_class(tmp_path):
+    with pytest.raises(ValueError, match="gives 2 names to 10 classes"):
+        compose(tmp_path, "--class_names", "a", "b")
+
+
 def test_classes_have_the_names_that_are_given(tmp_path):
     names = [f"digit-{number}" for number in range(10)]
     content = annotations_of(compose(tmp_path, "--class_names", *names), "train")

@@ -39,8 +39,8 @@ class ModelArguments:
     )
     model_name_or_path: str | None = option(
         None,
-        "Start from this checkpoint's weights: one of this project's, or any ViTMAE's or Swin's. The recipe's values "
-        "win.",
+        "Start from this checkpoint's weights: one of this project's, or a stock ViTMAE's; downstream also a ViT's; a "
+        "Swin's where Swins are trained.",
     )
     attn_implementation: str | None = option(None, "sdpa, eager or flash_attention_2; default: transformers' choice.")
     gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass, to save memory.")
@@ -54,7 +54,9 @@ class HubArguments:
     """Whether and where the result goes on the Hub. The token is huggingface_hub's: `hf auth login`, or HF_TOKEN."""
 
     push_to_hub: bool = option(
-        False, "Upload the model, its encoder as a stock ViT or Swin, and the card, at the end."
+        False,
+        "Upload the model and its card at the end, and of what is no segmenter or detector the encoder as stock ViT or "
+        "Swin.",
     )
     hub_model_id: str | None = option(None, "The repository; default: output_dir's name, in your own namespace.")
     hub_private_repo: bool = option(False, "Make the repository private, if it is new.")

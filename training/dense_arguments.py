@@ -87,7 +87,10 @@ class SegmentationDataArguments(DenseDataArguments):
 
 @dataclass
 class DetectionDataArguments(DenseDataArguments):
-    """Images with COCO's annotations; see `data.coco.open_coco_source`."""
+    """Images with COCO's annotations; see `data.coco.CocoSource`."""
+
+    PLACES: ClassVar = ("train_annotation_file", "validation_annotation_file")
+    DATA_KEYS: ClassVar = (*PLACES, "train_image_dir", "validation_image_dir", "keep_empty_images")
 
     train_annotation_file: str | None = option(None, "JSON in the format of COCO's instances_train2017.json.")
     train_image_dir: str | None = option(None, "The folder that the file names in it start from.")
@@ -113,10 +116,11 @@ class DenseArguments(DownstreamArguments):
     POSITIVE: ClassVar = (*DownstreamArguments.POSITIVE, "learning_rate")
     NOT_NEGATIVE: ClassVar = (*DownstreamArguments.NOT_NEGATIVE, "warmup_steps")
 
-    def _check_scales(self) -> None:
-        self._check("positive", lambda value: value > 0, "min_scale", "max_scale")
-        if self.min_scale > self.max_scale:
-            raise RecipeError(f"min_scale={self.min_scale} is above max_scale={self.max_scale}")
+
+def check_scales(smallest: float, largest: float) -> None:
+    """Raises a RecipeError where a range of scales is none."""
+    if not 0 < smallest <= largest:
+        raise RecipeError(f"min_scale={smallest} and max_scale={largest} must be positive, the smaller first")
 
 
 @dataclass
@@ -152,7 +156,7 @@ class SegmentationArguments(DenseArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        self._check_scales()
+        check_scales(self.min_scale, self.max_scale)
         self._check(
             "2 or more: UperNet normalises over the batch, and its coarsest map has one place for each image",
             lambda value: value >= 2,
@@ -197,7 +201,7 @@ class DetectionArguments(DenseArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        self._check_scales()
+        check_scales(self.min_scale, self.max_scale)
         self._check("in 0..1, below 1", lambda value: 0 <= value < 1, "score_threshold")
         self._check(
             "positive and ascending",

@@ -29,7 +29,7 @@ def write_dense_results(
             else is to be recorded.
         test_images: that the metrics are of; those that cannot be decoded are not among them.
         metrics: on the held-out images, as fractions.
-        per_class: IoU or AP of each class by its name; None where it is not defined.
+        per_class: IoU of each class by its name, None where it is not defined; None where the task has no such.
         pictures: PNG files in `output_dir`, which the card shows before the curves.
 
     Returns:

@@ -174,7 +174,8 @@ class DenseRun(DownstreamRun):
         if here != there:
             differing = sorted(set(here) ^ set(there)) or "their order"
             raise ValueError(
-                f"{self.held_out_images.name} has other classes than {self.training_images.name}: {differing}"
+                f"{self.held_out_images.name} has other classes than {self.training_images.name}: {differing}; both "
+                "must list the same"
             )
 
     @cached_property

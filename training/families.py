@@ -15,6 +15,16 @@ from ..modeling_misimmim import MISimMIMForImageClassification, MISimMIMForPreTr
 from .arguments import RecipeError, config_fields
 from .geometry import fit_swin_tables, fit_vit_positions, padding_remark
 
+# what a backbone has beside its sizes, as every encoder
+BACKBONE_FIELDS = (
+    "drop_path_rate",
+    "hidden_dropout_prob",
+    "attention_probs_dropout_prob",
+    "layer_norm_eps",
+    "hidden_act",
+    "initializer_range",
+)
+
 
 @dataclass(frozen=True)
 class Family:
@@ -83,6 +93,10 @@ class Family:
                 f"model_type {self.name!r} has no backbone for dense prediction; there is one for "
                 f"{', '.join(each.name for each in FAMILIES.values() if each.backbone_class)}"
             )
+        if is_dense and (foreign := sorted(set(fields) - {*self.size_fields, *self.dense_fields, *BACKBONE_FIELDS})):
+            raise RecipeError(
+                f"{', '.join(foreign)}: nothing that a backbone for dense prediction has: leave them out"
+            )
         if not is_dense and (foreign := sorted(set(fields) & set(self.dense_fields))):
             raise RecipeError(
                 f"{', '.join(foreign)}: of a {self.name!r} for segmentation and detection alone: leave them out"
@@ -98,7 +112,7 @@ class Family:
             )
 
     def sizes(self, fields: Iterable[str]) -> set[str]:
-        """Those fields that make one model another; the rest may be set for any."""
+        """Those fields that must be the checkpoint's; the rest may be set for any."""
         return set(fields) - {*self.free_fields, *self.dense_fields}
 
     def build_config(

@@ -60,7 +60,7 @@ class StartingModel:
         fields, labels = {**self.fields, **overrides}, labels or {}
         if self.checkpoint is not None:
             return self.checkpoint.config(fields, **labels)
-        if self.preset is None and not self.family.sizes(self.fields):
+        if self.preset is None and not self.family.sizes(self.fields) & set(self.family.size_fields):
             raise ValueError("there is no model: give --model_name_or_path, or --preset to train one from scratch")
         return self.family.build_config(self.preset, fields, is_dense=self.is_dense, **labels)
 
