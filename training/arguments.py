@@ -55,7 +55,7 @@ class HubArguments:
 
     push_to_hub: bool = option(
         False,
-        "Upload the model and its card at the end, and of what is no segmenter or detector the encoder as stock ViT or "
+        "Upload the model and its card at the end; of what is no segmenter or detector, the encoder as stock ViT or "
         "Swin.",
     )
     hub_model_id: str | None = option(None, "The repository; default: output_dir's name, in your own namespace.")
