@@ -36,7 +36,7 @@ BATCH_SIZES = {"segmentation": 2, "detection": 1}
 
 def scenes(folder: Path, size: int) -> Path:
     """A few scenes of this size."""
-    counts = ["--train_images", "2", "--validation_images", "0"]
+    counts = ["--pretrain_images", "0", "--train_images", "2", "--validation_images", "0"]
     compose_scenes(["--output_dir", str(folder), "--scene_size", str(size), *counts])
     return folder
 

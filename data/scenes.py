@@ -33,7 +33,7 @@ from .base import ImageSource
 from .decoding import decode_image
 from .sources import open_image_source
 
-SPLITS = {"train": 1_000, "validation": 500}
+SPLITS = {"pretrain": 10_000, "train": 1_000, "validation": 500}
 HELD_OUT = "validation"
 MOST_OBJECTS = 4
 SPRITE_SIZES = (0.25, 0.6)  # of the scene's side
@@ -193,7 +193,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--sprites", help="a folder of Fashion-MNIST's IDX files; default: the embedded digits")
     parser.add_argument("--class_names", nargs="+", help="of the sprites' labels, in order; default: the numbers")
-    parser.add_argument("--scene_size", type=int, default=64, help="pixels per side")
+    parser.add_argument("--scene_size", type=int, default=96, help="pixels per side")
     parser.add_argument("--seed", type=int, default=0)
     for split, count in SPLITS.items():
         parser.add_argument(f"--{split}_images", type=int, default=count, help=f"default: {count}")

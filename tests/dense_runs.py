@@ -59,7 +59,7 @@ SIZES = {
 
 def compose(folder: Path, train: int = 8, validation: int = 3) -> Path:
     """Scenes of digits; with an odd number to validate on, two processes have unequal shares."""
-    sizes = {"scene_size": SCENE_SIZE, "train_images": train, "validation_images": validation}
+    sizes = {"scene_size": SCENE_SIZE, "pretrain_images": 1, "train_images": train, "validation_images": validation}
     scenes.main(command_line(output_dir=folder, **sizes))
     return folder
 

@@ -30,7 +30,7 @@ NORMALIZATION = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.25, 0.3]}
 def composed(tmp_path_factory):
     """Eight scenes of digits: the annotation file and the folder of its images."""
     folder = tmp_path_factory.mktemp("scenes")
-    counts = ["--train_images", "8", "--validation_images", "0"]
+    counts = ["--pretrain_images", "0", "--train_images", "8", "--validation_images", "0"]
     scenes.main(["--output_dir", str(folder), "--scene_size", "64", *counts])
     return folder / "annotations" / "instances_train.json", folder / "images" / "train"
 

@@ -38,7 +38,7 @@ CLAIMS = {
     "coco/mimae_vit_base_400e": "52.0 / 46.1 AP of boxes / masks (Table 2)",
 }
 # of the recipe that leaves what a recipe of this folder starts from
-PRETRAINING = {"ade20k": "imagenet/{}", "coco": "imagenet/{}", "scenes": "fashion_mnist/mimae_small"}
+PRETRAINING = {"ade20k": "imagenet/{}", "coco": "imagenet/{}", "scenes": "scenes/mimae"}
 NUM_CLASSES = {"ade20k": 150, "scenes": 11}  # of UperNet: ten garments and the background
 PROCESSES = {"ade20k": 8, "coco": 8, "scenes": 1}
 

@@ -262,7 +262,7 @@ def test_a_diverged_model_is_named():
 def scene(tmp_path_factory):
     """A composed scene and its objects, with digits for names, and the same as detections."""
     folder = tmp_path_factory.mktemp("scene")
-    counts = ["--train_images", "1", "--validation_images", "0"]
+    counts = ["--pretrain_images", "0", "--train_images", "1", "--validation_images", "0"]
     scenes.main(["--output_dir", str(folder), "--scene_size", "64", *counts])
     path = folder / "annotations" / "instances_train.json"
     source = CocoSource(path, folder / "images" / "train", keep_empty=True)

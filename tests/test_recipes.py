@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedConfig
 
 from mimae.data.arguments import DataArguments
+from mimae.data.scenes import SPLITS
 from mimae.run_mim_pretrain import build_schedule, main
 from mimae.training.arguments import (
     ModelArguments,
@@ -81,6 +82,8 @@ def test_recipe_is_well_typed_builds_its_model_and_costs_what_its_header_says(re
         num_images = IMAGENET_TRAIN_IMAGES
     elif "fashion" in str(recipe):
         num_images = FASHION_MNIST_TRAIN_IMAGES
+    elif data_args.train_dir == "scenes/images/pretrain":
+        num_images = SPLITS["pretrain"]
     else:
         return  # the demo's cost is a time
     views = num_images * args.num_train_epochs * config.num_views

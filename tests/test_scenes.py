@@ -10,7 +10,7 @@ from PIL import Image
 from mimae.data.scenes import LEAST_VISIBLE, SceneComposer, main, photographs, run_lengths
 from mimae.data.sources import open_image_source
 
-COUNTS = ("--train_images", "6", "--validation_images", "3", "--scene_size", "48")
+COUNTS = ("--pretrain_images", "2", "--train_images", "6", "--validation_images", "3", "--scene_size", "48")
 
 
 def compose(folder: Path, *flags: str) -> Path:
@@ -42,18 +42,18 @@ def visible_pixels(annotation: dict) -> np.ndarray:
 def test_one_seed_gives_one_set_and_another_seed_another(scenes, tmp_path):
     files = sorted(path.relative_to(scenes) for path in scenes.rglob("*.*"))
     again, other = compose(tmp_path / "again"), compose(tmp_path / "other", "--seed", "1")
-    assert len(files) == 2 * 9 + 2
+    assert len(files) == 2 * 11 + 3
     assert all((again / name).read_bytes() == (scenes / name).read_bytes() for name in files)
     assert all((other / name).read_bytes() != (scenes / name).read_bytes() for name in files if name.suffix == ".jpg")
 
 
 def test_a_scene_is_the_same_however_many_are_composed(scenes, tmp_path):
-    main(["--output_dir", str(tmp_path), "--train_images", "2", *COUNTS[2:]])
+    main(["--output_dir", str(tmp_path), *COUNTS[:2], "--train_images", "2", *COUNTS[4:]])
     name = "images/train/000001.jpg"
     assert (tmp_path / name).read_bytes() == (scenes / name).read_bytes()
 
 
-@pytest.mark.parametrize("split", ["train", "validation"])
+@pytest.mark.parametrize("split", ["pretrain", "train", "validation"])
 def test_masks_boxes_and_runs_tell_the_same(scenes, split):
     content = annotations_of(scenes, split)
     assert len({annotation["id"] for annotation in content["annotations"]}) == len(content["annotations"])
