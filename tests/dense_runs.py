@@ -29,6 +29,8 @@ SHORT = {
     "max_train_steps": 4,
     "warmup_steps": 1,
     "per_device_train_batch_size": 2,
+    "gradient_accumulation_steps": 1,
+    "dataloader_num_workers": 0,
     "logging_steps": 1,
     "evaluation_steps": 2,
     "checkpointing_steps": 2,

@@ -81,7 +81,7 @@ def test_a_flag_that_says_where_images_are_replaces_all_that_the_recipe_says_of_
             {"min_scale": 3.0},
             r"min_scale=3.0 and max_scale=2.0 must be positive, the smaller first",
         ),
-        (SegmentationArguments, {"min_scale": 0.0}, "min_scale=0.0 must be positive"),
+        (SegmentationArguments, {"min_scale": 0.0}, "min_scale=0.0 and max_scale=2.0 must be positive"),
         (SegmentationArguments, {"poly_power": 0.0}, "poly_power=0.0 must be positive"),
         (SegmentationArguments, {"learning_rate": 0.0}, "learning_rate=0.0 must be positive"),
         (SegmentationArguments, {"warmup_steps": -1}, "warmup_steps=-1 must be 0 or more"),

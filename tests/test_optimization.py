@@ -8,10 +8,10 @@ import torch
 from references import TINY
 from timm.models import VisionTransformer
 from timm.optim import param_groups_layer_decay
-from transformers import UperNetConfig, UperNetForSemanticSegmentation
 
 from mimae import MIMAEBackbone, MIMAEConfig, MIMAEForImageClassification, MIMAEForPreTraining
 from mimae.configuration_misimmim import MISimMIMConfig
+from mimae.dense.upernet import UperNet, build_upernet
 from mimae.modeling_misimmim import MISimMIMForImageClassification
 from mimae.training.optimization import (
     WarmupCosine,
@@ -265,13 +265,10 @@ def test_milestones_that_never_come_are_told(caplog):
     assert "[1, 10]" in caplog.text
 
 
-def segmenter(**fields) -> UperNetForSemanticSegmentation:
-    """transformers' own UperNet on a small backbone of four blocks."""
-    config = MIMAEConfig(**{**TINY, "num_hidden_layers": 4}, add_fpn=True, out_indices=[1, 2, 3, 4], **fields)
-    upernet = UperNetConfig(
-        backbone_config=config, num_labels=3, hidden_size=8, auxiliary_in_channels=32, auxiliary_channels=8
-    )
-    return UperNetForSemanticSegmentation(upernet)
+def segmenter(**fields) -> UperNet:
+    """UperNet on a small backbone of four blocks."""
+    config = MIMAEConfig(**{**TINY, "num_hidden_layers": 4}, add_fpn=True, **fields)
+    return build_upernet(MIMAEBackbone(config), id2label=dict(enumerate("abc")), channels=8, auxiliary_channels=8)
 
 
 def test_of_a_dense_model_the_backbones_blocks_decay_and_pyramid_and_heads_do_not():
