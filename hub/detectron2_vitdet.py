@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from ..configuration_mimae import MIMAEConfig
 from .official_mae import official_state
+from .timm_vit import vit_sizes
 
 NET = "backbone.net."
 _ENCODER = ("pos_embed", "patch_embed.", "blocks.")
@@ -75,17 +76,9 @@ def save_detectron2(model: PreTrainedModel, path: str | os.PathLike) -> None:
 def detectron2_usage(config: MIMAEConfig, path: str | os.PathLike) -> str:
     """Python text for a configuration file of detectron2: the encoder, and where its parameters are."""
     global_blocks = [i for i in range(config.num_hidden_layers) if config.window_of_block(i) is None]
-    image_size = config.image_size_2d[0]
-    arguments = {
-        "patch_size": config.patch_size,
-        "in_chans": config.num_channels,
-        "embed_dim": config.hidden_size,
-        "depth": config.num_hidden_layers,
-        "num_heads": config.num_attention_heads,
-        "mlp_ratio": config.intermediate_size / config.hidden_size,
-        "qkv_bias": config.qkv_bias,
-        "pretrain_img_size": image_size,
-    }
+    sizes = vit_sizes(config)
+    image_size = sizes.pop("img_size")[0]
+    arguments = {**sizes, "pretrain_img_size": image_size}
     if config.window_size is not None:
         arguments |= {
             "img_size": image_size,

@@ -62,9 +62,9 @@ class TimmArchitecture:
 def timm_architecture(config: MIMAEConfig, *, has_classifier: bool) -> TimmArchitecture:
     """How timm builds the encoder, or the classifier, of this configuration."""
     averages = has_classifier and config.classifier_pooling == "mean"
-    wanted = {**_sizes(config), "global_pool": "avg" if averages else "token"}
+    wanted = {**vit_sizes(config), "global_pool": "avg" if averages else "token"}
     standard = {
-        name: {**_sizes(MIMAEConfig.preset(preset)), "global_pool": "token"} for name, preset in _PRESETS.items()
+        name: {**vit_sizes(MIMAEConfig.preset(preset)), "global_pool": "token"} for name, preset in _PRESETS.items()
     }
 
     def differing(name: str) -> dict[str, Any]:
@@ -80,7 +80,8 @@ def timm_state(official: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: value for name, value in official.items() if not name.startswith(_NOT_IN_TIMM)}
 
 
-def _sizes(config: MIMAEConfig) -> dict[str, Any]:
+def vit_sizes(config: MIMAEConfig) -> dict[str, Any]:
+    """Of an encoder, by the names that timm and detectron2 share; `img_size` is (height, width)."""
     return {
         "img_size": config.image_size_2d,
         "patch_size": config.patch_size,

@@ -256,7 +256,7 @@ def test_a_folder_without_the_parts_says_which_is_missing(tmp_path):
         open_segmentation_source(train_dir=tmp_path, split="test")
 
 
-def test_there_must_be_one_place_and_no_stream(tmp_path):
+def test_there_must_be_one_place(tmp_path):
     for places in ({}, {"train_dir": "a", "dataset_name": "b"}):
         with pytest.raises(ValueError, match="by one of --dataset_name"):
             open_segmentation_source(**places)
