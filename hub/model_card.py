@@ -312,11 +312,16 @@ def write_backbone_card(
 
 
 def _card_data(
-    model_name: str, pipeline_tag: str, tags: list[str], eval_results: Sequence[EvalResult] = (), **fields: Any
+    model_name: str,
+    pipeline_tag: str,
+    tags: list[str],
+    eval_results: Sequence[EvalResult] = (),
+    library_name: str = "transformers",
+    **fields: Any,
 ) -> ModelCardData:
     return ModelCardData(
         license="apache-2.0",
-        library_name=fields.pop("library_name", "transformers"),
+        library_name=library_name,
         pipeline_tag=pipeline_tag,
         tags=["mimae", *tags],
         model_name=model_name if eval_results else None,
