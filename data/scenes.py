@@ -3,9 +3,9 @@
     python -m mimae.data.scenes --output_dir scenes --sprites /usr/share/datasets/fashion-mnist
 
 Each scene has a few sprites, Fashion-MNIST's garments from a folder of its IDX files or else scikit-learn's digits,
-enlarged, tinted, one before another, on a crop of the two photographs that scikit-learn ships. What is real is the
-sprites, the photographs and the occlusion; where things stand, and in what colour, is drawn at random. It is a set to
-see that training works, and to compare with itself: a figure on it says nothing of COCO or ADE20K.
+enlarged, darkened, one before another, on a crop of the two photographs that scikit-learn ships, grey and out of
+focus. What is real is the sprites, the photographs and the occlusion; where things stand, and in what light, is drawn
+at random. It is a set to see that training works, and to compare with itself: a figure on it says nothing of COCO or ADE20K.
 
 Training scenes have the sprites of the training split on the left two thirds of the photographs; other scenes have
 held-out sprites, on the right third. The layout is the one that `run_semantic_segmentation.py` and
@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFilter
 from scipy.ndimage import binary_fill_holes
 from sklearn.datasets import load_sample_images
 
@@ -35,9 +35,11 @@ from .sources import open_image_source
 
 SPLITS = {"pretrain": 10_000, "train": 1_000, "validation": 500}
 HELD_OUT = "validation"
-MOST_OBJECTS = 4
-SPRITE_SIZES = (0.25, 0.6)  # of the scene's side
-LEAST_VISIBLE = 0.4  # part of an object that others leave uncovered
+MOST_OBJECTS = 3
+SPRITE_SIZES = (0.35, 0.75)  # of the scene's side
+BRIGHTNESS = (0.5, 1.0)  # that a sprite is multiplied by
+BACKGROUND_BLUR = 1 / 32  # of the scene's side: a small model shall spend itself on the objects
+LEAST_VISIBLE = 0.5  # part of an object that others leave uncovered
 PLACES_TRIED = 10
 FOREGROUND = 24  # grey value from which a sprite's pixel is no background
 JPEG_QUALITY = 95
@@ -77,7 +79,7 @@ class SceneComposer:
         self.seed, self.stream = seed, stream
 
     def __call__(self, index: int) -> tuple[np.ndarray, list[Object]]:
-        """The scene, uint8 (S, S, 3), and its objects from back to front."""
+        """The scene, grey, uint8 (S, S), and its objects from back to front."""
         random = np.random.default_rng([self.seed, self.stream, index])
         scene, objects = self._background(random), []
         for _ in range(random.integers(1, MOST_OBJECTS + 1)):
@@ -89,7 +91,7 @@ class SceneComposer:
                 shape[window] = silhouette
                 others = [other.behind(shape) for other in objects]
                 if all(other.is_recognisable() for other in others):
-                    scene[window][silhouette] = grey[silhouette, None] * random.uniform(0.4, 1.0, size=3)
+                    scene[window][silhouette] = grey[silhouette] * random.uniform(*BRIGHTNESS)
                     objects = [*others, Object(label, shape, int(shape.sum()))]
                     break
         return scene, objects
@@ -100,8 +102,9 @@ class SceneComposer:
         largest = min(height, width)
         side = random.integers(min(self.scene_size, largest), largest + 1)
         top, left = random.integers(0, height - side + 1), random.integers(0, width - side + 1)
-        crop = Image.fromarray(photograph[top : top + side, left : left + side])
-        return np.array(crop.resize((self.scene_size, self.scene_size), Image.Resampling.BICUBIC))
+        crop = Image.fromarray(photograph[top : top + side, left : left + side]).convert("L")
+        background = crop.resize((self.scene_size, self.scene_size), Image.Resampling.BICUBIC)
+        return np.array(background.filter(ImageFilter.GaussianBlur(BACKGROUND_BLUR * self.scene_size)))
 
     def _sprite(self, random: np.random.Generator) -> tuple[int, np.ndarray, np.ndarray]:
         """A sprite enlarged: label, grey values uint8 (s, s), silhouette bool (s, s)."""

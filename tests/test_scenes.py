@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mimae.data.scenes import LEAST_VISIBLE, SceneComposer, main, photographs, run_lengths
+from mimae.data.scenes import LEAST_VISIBLE, MOST_OBJECTS, SceneComposer, main, photographs, run_lengths
 from mimae.data.sources import open_image_source
 
 COUNTS = ("--pretrain_images", "2", "--train_images", "6", "--validation_images", "3", "--scene_size", "48")
@@ -60,9 +60,10 @@ def test_masks_boxes_and_runs_tell_the_same(scenes, split):
     for image in content["images"]:
         classes = np.array(Image.open(scenes / "masks" / split / image["file_name"].replace(".jpg", ".png")))
         assert classes.shape == (image["height"], image["width"])
+        assert Image.open(scenes / "images" / split / image["file_name"]).mode == "L"
         drawn = np.zeros_like(classes)
         objects = [each for each in content["annotations"] if each["image_id"] == image["id"]]
-        assert 1 <= len(objects) <= 4
+        assert 1 <= len(objects) <= MOST_OBJECTS
         for annotation in objects:
             visible = visible_pixels(annotation)
             assert visible.sum() == annotation["area"] > 0
