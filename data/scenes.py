@@ -5,7 +5,8 @@
 Each scene has a few sprites, Fashion-MNIST's garments from a folder of its IDX files or else scikit-learn's digits,
 enlarged, darkened, one before another, on a crop of the two photographs that scikit-learn ships, grey and out of
 focus. What is real is the sprites, the photographs and the occlusion; where things stand, and in what light, is drawn
-at random. It is a set to see that training works, and to compare with itself: a figure on it says nothing of COCO or ADE20K.
+at random. It is a set to see that training works, and to compare with itself: a figure on it says nothing of COCO or
+ADE20K.
 
 Training scenes have the sprites of the training split on the left two thirds of the photographs; other scenes have
 held-out sprites, on the right third. The layout is the one that `run_semantic_segmentation.py` and
