@@ -1,0 +1,74 @@
+"""Damaged checkpoints, folders in use, files that would like to be executed."""
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from mimae.training.checkpoints import CheckpointStore, verify
+
+from .kills import SAVE_INTERVAL, reference
+from .outcome import Outcome
+from .runs import Run
+
+STEPS = 5 * SAVE_INTERVAL
+
+
+def truncate(path: Path) -> None:
+    """The last byte is gone."""
+    os.truncate(path, path.stat().st_size - 1)
+
+
+def flip_a_bit(path: Path) -> None:
+    """One bit in the middle is another."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def empty(path: Path) -> None:
+    """No byte is left."""
+    os.truncate(path, 0)
+
+
+def zero_the_tail(path: Path) -> None:
+    """The last page is zeros, as after a power cut."""
+    content = path.read_bytes()
+    kept = max(0, len(content) - 4096)
+    path.write_bytes(content[:kept] + bytes(len(content) - kept))
+
+
+DAMAGES: tuple[Callable[[Path], None], ...] = (truncate, flip_a_bit, empty, zero_the_tail, Path.unlink)
+
+
+def damage_to_each_file(folder: Path) -> Outcome:
+    """Damages every file of the newest checkpoint in every way, one at a time; then a run resumes past each way."""
+    whole = reference(folder / "whole", STEPS)
+    store = CheckpointStore(whole.output_dir)
+    newest = store.latest()
+    older = whole.output_dir / f"checkpoint-{STEPS - SAVE_INTERVAL}"
+    files = sorted(path for path in newest.rglob("*") if path.is_file())
+    injected = detected = 0
+    for path in files:
+        for damage in DAMAGES:
+            content = path.read_bytes()
+            damage(path)
+            injected += 1
+            detected += bool(verify(newest)) and store.latest() == older
+            path.write_bytes(content)
+    resumed = [resume_past(damage, whole, folder / f"damaged-{number}") for number, damage in enumerate(DAMAGES)]
+    return Outcome(
+        drill="every file of a checkpoint truncated, bit-flipped, emptied, its tail zeroed, removed",
+        passed=injected == detected and all(resumed),
+        figures={"corruptions injected": injected, "detected": detected, "resumed and equal": sum(resumed)},
+    )
+
+
+def resume_past(damage: Callable[[Path], None], whole: Run, folder: Path) -> bool:
+    """Whether a real run says that its newest checkpoint is damaged, goes on from the one before, and ends equal."""
+    shutil.copytree(whole.folder, folder)
+    damaged = Run(folder, whole.flags)
+    newest = damaged.output_dir / f"checkpoint-{STEPS}"
+    damage(newest / "optimizer.safetensors")
+    damaged.finish()
+    return f"passing over the damaged checkpoint {newest}" in damaged.log() and damaged.equals(whole)
