@@ -1,7 +1,10 @@
 """What a drill has shown."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+from .runs import Comparison
 
 
 @dataclass(frozen=True)
@@ -11,7 +14,7 @@ class Outcome:
     Args:
         drill: what was done.
         passed: whether all that it is about holds.
-        figures: what was counted and measured, by name.
+        figures: what was counted and measured, by name; those of one name are added up over drills, see `report`.
         skipped: why it could not be done here.
     """
 
@@ -19,3 +22,13 @@ class Outcome:
     passed: bool
     figures: dict[str, Any] = field(default_factory=dict)
     skipped: str | None = None
+
+
+def compared(comparisons: Sequence[Comparison]) -> dict[str, int]:
+    """The figures that say whether runs were equal to those that nothing happened to."""
+    return {
+        "runs compared": len(comparisons),
+        "runs equal": sum(each.equal for each in comparisons),
+        "samples lost": sum(each.lost for each in comparisons),
+        "samples repeated": sum(each.repeated for each in comparisons),
+    }

@@ -1,63 +1,119 @@
-"""Several processes: one is killed, one has no numbers, two want one folder."""
+"""Several processes: one is killed, one has no numbers, each has other losses, two runs want one folder."""
 
 import os
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
-from .kills import SAVE_INTERVAL, reference
-from .outcome import Outcome
-from .recording import NotANumber
+from .kills import SAVE_INTERVAL, killed_once, reference
+from .order import GLOBAL_BATCH_SIZE, largest_difference
+from .outcome import Outcome, compared
+from .recording import Scaling
 from .runs import Run
 
-STEPS = 10 * SAVE_INTERVAL
+STEPS = 5 * SAVE_INTERVAL
+HALF = GLOBAL_BATCH_SIZE // 2
 BOUND = 60.0  # seconds in which the other process must have ended
+GRADIENT_TOLERANCE = 1e-5  # of the gradient, relative to its norm
+TWO = {"num_processes": 2, "per_device_train_batch_size": HALF}
 
 
 def one_of_two_killed(folder: Path) -> Outcome:
-    """Kills the second of two processes, started by torch's launcher as by accelerate's."""
-    whole = reference(folder / "whole", STEPS, num_processes=2, per_device_train_batch_size=32)
+    """Kills the second of two processes."""
+    whole = reference(folder / "whole", STEPS, **TWO)
     killed = Run(folder / "killed", whole.flags, num_processes=2)
     killed.start()
     killed.wait_for_passes(2 * SAVE_INTERVAL + 2)
-    second = next(line["began"] for line in killed.lines(1) if "began" in line)
-    os.kill(second, signal.SIGKILL)
+    os.kill(killed.processes[1].pid, signal.SIGKILL)
     died = time.monotonic()
     killed.wait(BOUND)
-    seconds = time.monotonic() - died
-    orphans = killed.survivors()
-    killed.finish()
+    seconds, orphans = time.monotonic() - died, killed.orphans()
+    comparison = killed.finish().compared_with(whole)
     return Outcome(
         drill="one of two processes killed",
-        passed=not orphans and killed.equals(whole),
-        figures={"seconds to the other's end": round(seconds, 1), "orphans": orphans, "equal": killed.equals(whole)},
+        passed=not orphans and comparison.equal,
+        figures={
+            "seconds to the other's end": round(seconds, 1),
+            "bound in seconds": BOUND,
+            "orphans": len(orphans),
+            **compared([comparison]),
+        },
     )
 
 
 def not_a_number_on_one(folder: Path) -> Outcome:
-    """Gives one of two processes pixels that are no numbers, twice."""
-    troubled = Run(
-        folder / "run",
-        {"max_train_steps": STEPS, "checkpointing_steps": SAVE_INTERVAL, "per_device_train_batch_size": 32},
-        num_processes=2,
-    )
-    troubled.start(trouble=NotANumber(steps=[7, 8], rank=1))
-    codes = troubled.wait()
-    finite = all(tensor.isfinite().all() for tensor in troubled.weights().values())
-    skipped = max(troubled.series("skipped_steps").values())
+    """Gives one of two processes pixels that are no numbers, then infinite ones."""
+    runs = []
+    for name, factor in (("nan", torch.nan), ("infinite", torch.inf)):
+        run = Run(folder / name, {"max_train_steps": STEPS, "per_device_train_batch_size": HALF}, num_processes=2)
+        runs.append(run.finish(scaling=Scaling(factor, first_image=HALF, steps=(7, 8))))
+    finite = all(tensor.isfinite().all() for run in runs for tensor in run.weights().values())
+    skipped = [int(max(run.series("skipped_steps").values())) for run in runs]
     return Outcome(
-        drill="NaN on one of two processes, in two steps",
-        passed=codes == [0, 0] and skipped == 2 and finite,
-        figures={"steps skipped": int(skipped), "weights finite": finite},
+        drill="NaN, and Inf, on one of two processes in two steps",
+        passed=skipped == [2, 2] and finite,
+        figures={"steps skipped by both": skipped, "weights finite": bool(finite)},
     )
+
+
+def losses_on_two_sides_of_the_gate(folder: Path) -> Outcome:
+    """Gives the second of two processes images of more contrast, so that its L_rec stays above the gate for longer."""
+    options = {"scaling": Scaling(3.0, first_image=HALF)}
+    flags = {"max_train_steps": STEPS, "norm_pix_loss": False, "mi_gate_threshold": 4.0}
+    alone = Run(folder / "one", flags).finish(**options)
+    two = Run(folder / "two", {**flags, "per_device_train_batch_size": HALF}, num_processes=2).finish(**options)
+    losses = [{line["step"]: line["reconstruction_loss"] for line in two.passes(rank)} for rank in (0, 1)]
+    straddling = sum(losses[0][step] < flags["mi_gate_threshold"] < losses[1][step] for step in losses[0])
+    opened = [next((step for step, open in run.series("mi_active").items() if open), None) for run in (alone, two)]
+    difference = largest_difference(alone, two)
+    return Outcome(
+        drill="L_rec on two sides of the gate's threshold on two processes",
+        passed=straddling > 1 and None not in opened and opened[0] == opened[1] and difference < 1e-3,
+        figures={
+            "steps in which they straddled it": straddling,
+            "gate opened at step": opened[1],
+            "by one process": opened[0],
+            "largest difference of a loss": f"{difference:.1e}",
+        },
+    )
+
+
+def gradients(folder: Path, world_sizes: tuple[int, ...], accumulations: tuple[int, ...]) -> Outcome:
+    """The gradient of the first step, of several processes against one, with and without accumulation."""
+    differences = {}
+    for accumulation in accumulations:
+        flags = {"max_train_steps": 2, "mi_gate_threshold": 100.0, "gradient_accumulation_steps": accumulation}
+        alone = first_gradient(folder / f"1-{accumulation}", flags, 1)
+        for num_processes in world_sizes:
+            other = first_gradient(folder / f"{num_processes}-{accumulation}", flags, num_processes)
+            name = f"{num_processes} processes, accumulation {accumulation}"
+            differences[name] = ((other - alone).norm() / alone.norm()).item()
+    return Outcome(
+        drill="the gradient of several processes against that of one, information terms on",
+        passed=max(differences.values()) < GRADIENT_TOLERANCE,
+        figures={
+            "tolerance": f"{GRADIENT_TOLERANCE:.0e}",
+            "relative difference": {name: f"{value:.1e}" for name, value in differences.items()},
+        },
+    )
+
+
+def first_gradient(folder: Path, flags: dict[str, Any], num_processes: int) -> torch.Tensor:
+    """All of it, as one vector."""
+    flags = {**flags, "per_device_train_batch_size": GLOBAL_BATCH_SIZE // num_processes}
+    run = Run(folder, flags, num_processes).finish(gradients=True)
+    gradient = load_file(run.records / "gradient-1.safetensors")
+    return torch.cat([gradient[name].flatten() for name in sorted(gradient)])
 
 
 def two_runs_in_one_folder(folder: Path) -> Outcome:
     """Starts a second run where one is alive, then where it was killed."""
     flags = {"max_train_steps": 1_000_000, "checkpointing_steps": SAVE_INTERVAL}
-    first, second = Run(folder, flags), Run(folder, {**flags, "max_train_steps": 1_000_000})
+    first, second = Run(folder, flags), Run(folder, flags)
     first.start()
     first.wait_for_passes(2 * SAVE_INTERVAL)
     began = time.monotonic()
@@ -66,32 +122,32 @@ def two_runs_in_one_folder(folder: Path) -> Outcome:
     seconds = time.monotonic() - began
     named = f"pid {first.processes[0].pid}" in second.log()
     first.kill()
-    first.wait()
     passes = first.num_passes()
     second.start()
     second.wait_for_passes(passes + 1)
-    taken_over = second.num_passes() > passes
+    taken_over = second.is_alive() and second.num_passes() > passes
     second.kill()
-    second.wait()
     return Outcome(
         drill="two runs in one folder",
         passed=codes == [1] and named and taken_over,
-        figures={"refused after seconds": round(seconds, 1), "holder named": named, "taken over": taken_over},
+        figures={
+            "second refused after seconds, imports included": round(seconds, 1),
+            "holder named": named,
+            "a dead run's lock taken over": taken_over,
+        },
     )
 
 
 def in_bfloat16(folder: Path) -> Outcome:
     """A run under autocast, killed and resumed."""
     whole = reference(folder / "whole", STEPS, mixed_precision="bf16")
-    killed = Run(folder / "killed", whole.flags)
-    killed.start()
-    killed.wait_for_passes(3 * SAVE_INTERVAL + 1)
-    killed.kill()
-    killed.wait()
-    killed.finish()
-    dtypes = {str(tensor.dtype) for tensor in killed.weights().values() if tensor.is_floating_point()}
+    killed = killed_once(folder / "killed", whole, after=2 * SAVE_INTERVAL + 1)
+    comparison = killed.compared_with(whole)
+    in_float32 = all(
+        tensor.dtype == torch.float32 for tensor in killed.weights().values() if tensor.is_floating_point()
+    )
     return Outcome(
-        drill="bf16, killed and resumed",
-        passed=killed.equals(whole) and dtypes == {str(torch.float32)},
-        figures={"equal": killed.equals(whole)},
+        drill="bf16 on a CPU, killed and resumed",
+        passed=comparison.equal and in_float32,
+        figures={"weights in float32": in_float32, **compared([comparison])},
     )

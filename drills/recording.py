@@ -1,9 +1,9 @@
-"""The pre-training script, recorded: what each step has seen, how long each save took. On demand it dies in a save.
+"""The pre-training script, recorded: what each step has seen, when each save began and ended; with trouble on demand.
 
     python -m mimae.drills.recording '{"folder": "records", "start": 0}' FLAGS…
 
-A line of JSON is appended to `folder/<rank>.jsonl` for each forward pass and each save. It is written at once: what a
-kill leaves is what was done before it.
+A line of JSON is appended to `folder/<rank>.jsonl` for each forward pass and around each save. It is written at once:
+what a kill leaves is what was done before it.
 """
 
 import hashlib
@@ -13,30 +13,52 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import datasets
 import torch
+from safetensors.torch import save_file
 
+from mimae.data import remote
 from mimae.run_mim_pretrain import main
 from mimae.training.checkpoints import CheckpointStore
+from mimae.training.metrics import OUTPUT_SCALARS
 from mimae.training.trainer import Pretrainer
+
+FILE_OPERATIONS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "shutil.rmtree"}
 
 
 class DeathInSave(NamedTuple):
-    """When a run kills itself: in which save since it was started, after which part of the time that a save takes."""
+    """When a run kills itself: in which save since it was started, and where in it.
+
+    `fraction` is of the time that a save takes, or with `by_operation` of its file operations: between any two of them,
+    the rename and the rotation's removals included, it dies with the same chance.
+    """
 
     save: int
     fraction: float
+    by_operation: bool = False
 
 
-class NotANumber(NamedTuple):
-    """Where a run is given pixels that are none: in the forward passes of these steps, on this rank alone."""
+class Scaling(NamedTuple):
+    """Images that the model is given with other pixels: all of the global batch from `first_image` on, times `factor`.
 
-    steps: list[int]
-    rank: int
+    In these steps only, or in all. A factor that is no number makes pixels that are none.
+    """
+
+    factor: float
+    first_image: int
+    steps: tuple[int, ...] | None = None
+
+
+class Impatience(NamedTuple):
+    """Shorter waits of a reader for its server, in seconds, than a run in earnest has."""
+
+    between_tries: float
+    for_an_answer: float
 
 
 class Recorder:
@@ -50,7 +72,7 @@ class Recorder:
 
     def __init__(self, folder: Path, start: int, rank: int):
         folder.mkdir(parents=True, exist_ok=True)
-        self.start, self.rank = start, rank
+        self.folder, self.start, self.rank = folder, start, rank
         self._descriptor = os.open(folder / f"{rank}.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
     def write(self, **line: Any) -> None:
@@ -59,28 +81,22 @@ class Recorder:
         os.write(self._descriptor, f"{json.dumps(line)}\n".encode())
 
 
-def record_steps(recorder: Recorder, trouble: NotANumber | None) -> None:
-    """Makes the trainer of this process tell the recorder what it sees, and gives it the trouble asked for."""
+def record_steps(recorder: Recorder) -> None:
+    """Makes the trainer of this process tell the recorder what it sees, and the loss it finds."""
     forward_backward = Pretrainer._forward_backward
 
     @wraps(forward_backward)
     def recorded(trainer: Pretrainer, batch: dict[str, Any]) -> torch.Tensor:
-        step = trainer.progress.step + 1
-        normalize = trainer.normalize
-        if trouble is not None and recorder.rank == trouble.rank and step in trouble.steps:
-            trainer.normalize = lambda images: torch.full_like(normalize(images), torch.nan)
-        try:
-            result = forward_backward(trainer, batch)
-        finally:
-            trainer.normalize = normalize
+        scalars = forward_backward(trainer, batch)
         recorder.write(
-            step=step,
+            step=trainer.progress.step + 1,
             epoch=int(batch["epoch"][0]),
             index=batch["index"].tolist(),
             noise=[digest(each) for each in batch["noise"]],
             pixels=[digest(each) for each in batch["pixel_values"]],
+            reconstruction_loss=float(scalars[OUTPUT_SCALARS.index("reconstruction_loss")]),
         )
-        return result
+        return scalars
 
     Pretrainer._forward_backward = recorded
 
@@ -90,18 +106,87 @@ def digest(tensor: torch.Tensor) -> str:
     return hashlib.sha256(tensor.numpy().tobytes()).hexdigest()[:12]
 
 
+def scale_pixels(scaling: Scaling, rank: int) -> None:
+    """Gives the model of this process the pixels that are asked for."""
+    forward_backward = Pretrainer._forward_backward
+
+    @wraps(forward_backward)
+    def scaled(trainer: Pretrainer, batch: dict[str, Any]) -> torch.Tensor:
+        normalize, first = trainer.normalize, max(0, scaling.first_image - rank * len(batch["index"]))
+
+        def normalize_and_scale(images: torch.Tensor) -> torch.Tensor:
+            images = normalize(images)
+            images[first:] *= scaling.factor
+            return images
+
+        if scaling.steps is None or trainer.progress.step + 1 in scaling.steps:
+            trainer.normalize = normalize_and_scale
+        try:
+            return forward_backward(trainer, batch)
+        finally:
+            trainer.normalize = normalize
+
+    Pretrainer._forward_backward = scaled
+
+
+def keep_gradients(folder: Path) -> None:
+    """Writes the gradient of every step, as the optimiser gets it, to `folder/gradient-<step>.safetensors`."""
+    update = Pretrainer._update
+
+    @wraps(update)
+    def kept(trainer: Pretrainer, scalars: torch.Tensor) -> None:
+        named = trainer.unwrapped.named_parameters()
+        gradient = {name: p.grad.clone() for name, p in named if p.grad is not None}
+        save_file(gradient, folder / f"gradient-{trainer.progress.step + 1}.safetensors")
+        update(trainer, scalars)
+
+    Pretrainer._update = kept
+
+
+class SaveWatch:
+    """Counts the file operations of the saves of this process, and kills it in one of them if asked."""
+
+    def __init__(self, death: DeathInSave | None):
+        self._death = death
+        self._operations = 0
+        self._most_operations = 0
+        self._longest = 0.0
+        self._saves = 0
+        self._is_saving = self._is_deadly = False
+        sys.addaudithook(self._count)
+
+    def _count(self, event: str, _arguments: tuple[Any, ...]) -> None:
+        if self._is_saving and event in FILE_OPERATIONS:
+            self._operations += 1
+            if self._is_deadly and self._operations > self._death.fraction * self._most_operations:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    def __enter__(self) -> "SaveWatch":
+        self._saves, self._operations, self._began = self._saves + 1, 0, time.perf_counter()
+        if self._death is not None and self._saves == self._death.save:
+            self._is_deadly = self._death.by_operation
+            if not self._is_deadly:
+                die_after(self._death.fraction * self._longest)
+        self._is_saving = True
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._is_saving = False
+        self.seconds = time.perf_counter() - self._began
+        self._longest = max(self._longest, self.seconds)
+        self._most_operations = max(self._most_operations, self._operations)
+
+
 def record_saves(recorder: Recorder, death: DeathInSave | None) -> None:
-    """Makes the checkpoints of this process tell the recorder how long each took, and kills it in one if asked."""
-    save, durations = CheckpointStore.save, []
+    """Makes the checkpoints of this process tell the recorder when each begins and ends."""
+    save, watch = CheckpointStore.save, SaveWatch(death)
 
     @wraps(save)
     def recorded(store: CheckpointStore, step: int, write: Callable[[Path], None]) -> Path:
-        if death is not None and len(durations) + 1 == death.save:
-            die_after(death.fraction * max(durations))
-        started = time.perf_counter()
-        folder = save(store, step, write)
-        durations.append(time.perf_counter() - started)
-        recorder.write(saved=step, seconds=durations[-1])
+        recorder.write(saving=step)
+        with watch:
+            folder = save(store, step, write)
+        recorder.write(saved=step, seconds=watch.seconds)
         return folder
 
     CheckpointStore.save = recorded
@@ -117,15 +202,33 @@ def die_after(seconds: float) -> None:
     threading.Thread(target=die, daemon=True).start()
 
 
-def run(argv: list[str]) -> int:
-    """Runs the script with what is to be recorded in front of its flags."""
-    options = json.loads(argv[0])
+def shorten_waits(impatience: Impatience) -> None:
+    """Of reads over a network."""
+    for name in ("STREAMING_READ_RETRY_INTERVAL", "STREAMING_OPEN_RETRY_INTERVAL"):
+        setattr(datasets.config, name, impatience.between_tries)
+    remote.READ_TIMEOUT = impatience.for_an_answer
+
+
+def run(options: dict[str, Any], argv: Sequence[str]) -> int:
+    """Runs the script.
+
+    Args:
+        options: "folder" of the record and the number of the "start"; "death", "scaling" and "impatience" as the fields
+            of their classes; whether to keep "gradients".
+        argv: the script's flags.
+    """
     recorder = Recorder(Path(options["folder"]), options["start"], int(os.environ.get("RANK", "0")))
-    recorder.write(began=os.getpid())
-    record_steps(recorder, NotANumber(**options["trouble"]) if options.get("trouble") else None)
+    recorder.write(pid=os.getpid())
+    record_steps(recorder)
     record_saves(recorder, DeathInSave(**options["death"]) if options.get("death") else None)
-    return main(argv[1:])
+    if options.get("scaling"):
+        scale_pixels(Scaling(**options["scaling"]), recorder.rank)
+    if options.get("impatience"):
+        shorten_waits(Impatience(**options["impatience"]))
+    if options.get("gradients") and recorder.rank == 0:
+        keep_gradients(recorder.folder)
+    return main(argv)
 
 
 if __name__ == "__main__":
-    sys.exit(run(sys.argv[1:]))
+    sys.exit(run(json.loads(sys.argv[1]), sys.argv[2:]))

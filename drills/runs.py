@@ -5,26 +5,48 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
+from collections import Counter
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import psutil
 import torch
 from safetensors.torch import load_file
 
-from .recording import DeathInSave, NotANumber
+from .launching import Launch, Process, launched
+from .recording import DeathInSave, Impatience, Scaling
 
 RECIPE = Path(__file__).with_name("tiny.yaml")
 MOST_PROCESSES = 4
-MARK = "MIMAE_DRILL"  # a variable in the environment of all that a run starts
 PATIENCE = 300.0  # seconds that any single wait may take before it counts as a hang
+GRACE = 10.0  # seconds in which workers notice that the process they work for is gone
 
 
 class HangError(RuntimeError):
     """A run did not do in time what it was waited for."""
+
+
+class Comparison(NamedTuple):
+    """A run beside the one that nothing happened to.
+
+    Args:
+        lost, repeated: samples of an epoch that counted less often, or more often.
+        same_order: whether every step saw the same samples, crops and noise.
+        same_weights: whether the final weights are the same bits.
+    """
+
+    lost: int
+    repeated: int
+    same_order: bool
+    same_weights: bool
+
+    @property
+    def equal(self) -> bool:
+        """Whether nothing tells them apart."""
+        return self.same_order and self.same_weights
 
 
 class Run:
@@ -32,73 +54,78 @@ class Run:
 
     Args:
         folder: holds `out`, the run's output folder, `records` and `log.txt`.
-        flags: of the script, on top of `tiny.yaml`.
+        flags: of the script, on top of the recipe.
         num_processes: ranks, each a process.
+        recipe: that the flags change.
     """
 
-    def __init__(self, folder: Path, flags: dict[str, Any], num_processes: int = 1):
-        self.folder, self.flags, self.num_processes = folder, flags, num_processes
+    launch: Launch = staticmethod(launched)
+
+    def __init__(self, folder: Path, flags: dict[str, Any], num_processes: int = 1, recipe: Path = RECIPE):
+        self.folder, self.flags, self.num_processes, self.recipe = folder, flags, num_processes, recipe
         self.output_dir, self.records = folder / "out", folder / "records"
-        self.processes: list[subprocess.Popen] = []
-        self.starts = 0
+        self.processes: list[Process] = []
+        self.started: list[float] = []  # the time of each start
         folder.mkdir(parents=True, exist_ok=True)
 
-    def start(self, *, death: DeathInSave | None = None, trouble: NotANumber | None = None, **flags: Any) -> None:
-        """Starts its processes: a resume where there is a checkpoint, else from the beginning."""
-        options = {"folder": str(self.records), "start": self.starts}
-        options |= {"death": death and death._asdict(), "trouble": trouble and trouble._asdict()}
-        self.starts += 1
-        argv = ["--config", str(RECIPE), "--output_dir", str(self.output_dir), *_as_argv(self.flags | flags)]
+    def start(
+        self,
+        *,
+        death: DeathInSave | None = None,
+        scaling: Scaling | None = None,
+        impatience: Impatience | None = None,
+        gradients: bool = False,
+        **flags: Any,
+    ) -> None:
+        """Starts its processes: a resume where there is a checkpoint, else from the beginning.
+
+        Args:
+            death, scaling, impatience, gradients: see `recording`.
+            flags: on top of the run's.
+        """
+        options = {"folder": str(self.records), "start": len(self.started), "gradients": gradients}
+        options |= {"death": death and death._asdict(), "scaling": scaling and scaling._asdict()}
+        options |= {"impatience": impatience and impatience._asdict()}
+        argv = ["--config", str(self.recipe), "--output_dir", str(self.output_dir), *_as_argv(self.flags | flags)]
         if any(self.output_dir.glob("checkpoint-*")):
             argv += ["--resume_from_checkpoint", "latest"]
         else:
             argv += ["--overwrite_output_dir"]
+        self.started.append(time.time())
         port = _free_port()
-        with (self.folder / "log.txt").open("ab") as log:
-            self.processes = [
-                subprocess.Popen(
-                    [sys.executable, "-m", "mimae.drills.recording", json.dumps(options), *argv],
-                    env={
-                        **os.environ,
-                        "OMP_NUM_THREADS": "1",
-                        MARK: str(self.folder),
-                        **self._environment(rank, port),
-                    },
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,
-                )
-                for rank in range(self.num_processes)
-            ]
+        self.processes = [
+            self.launch(options, argv, self._environment(rank, port), self.folder / "log.txt")
+            for rank in range(self.num_processes)
+        ]
 
     def _environment(self, rank: int, port: int) -> dict[str, str]:
-        common = {"OMP_NUM_THREADS": "1", MARK: str(self.folder)}
+        """What `accelerate launch` and `torchrun` tell each process."""
+        common = {"OMP_NUM_THREADS": "1"}
         if self.num_processes == 1:
             return common
-        return {
-            **common,
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(self.num_processes),
-            "LOCAL_WORLD_SIZE": str(self.num_processes),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-        }
+        ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        sizes = {"WORLD_SIZE": str(self.num_processes), "LOCAL_WORLD_SIZE": str(self.num_processes)}
+        return {**common, **ranks, **sizes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 
-    def kill(self, signum: int = signal.SIGKILL) -> None:
+    def signal(self, signum: int) -> None:
         """Sends a signal to all processes, with their workers."""
         for process in self.processes:
             if process.poll() is None:
                 os.killpg(process.pid, signum)
 
+    def kill(self) -> list[int]:
+        """`kill -9`; returns the exit codes."""
+        self.signal(signal.SIGKILL)
+        return self.wait()
+
     def wait(self, seconds: float = PATIENCE) -> list[int]:
         """The exit codes. Raises: HangError."""
         self.wait_for(lambda: not self.is_alive(), seconds)
-        return [process.returncode for process in self.processes]
+        return [process.poll() for process in self.processes]
 
-    def finish(self) -> "Run":
+    def finish(self, **options: Any) -> "Run":
         """Starts it and waits for its end. Raises: RuntimeError if that is not a good one."""
-        self.start()
+        self.start(**options)
         if any(codes := self.wait()):
             raise RuntimeError(f"{self.folder} ended with {codes}:\n{self.log()[-4000:]}")
         return self
@@ -108,7 +135,7 @@ class Run:
         deadline = time.monotonic() + seconds
         while not condition():
             if time.monotonic() > deadline:
-                self.kill()
+                self.signal(signal.SIGKILL)
                 raise HangError(f"{self.folder} did not come on in {seconds:.0f} s:\n{self.log()[-4000:]}")
             time.sleep(0.002)
 
@@ -122,15 +149,20 @@ class Run:
         while self.is_alive() and time.monotonic() < deadline:
             time.sleep(0.001)
 
-    def survivors(self) -> list[int]:
-        """Processes that it has started, workers included, and that are still there when it should be over."""
-        mark = f"{MARK}={self.folder}".encode()
-        alive = []
-        for environment in Path("/proc").glob("[0-9]*/environ"):
+    def orphans(self) -> list[int]:
+        """What it has started, workers included, and what is still there some time after it should be over."""
+        deadline = time.monotonic() + GRACE
+        while (alive := self._alive_in_sessions()) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return alive
+
+    def _alive_in_sessions(self) -> list[int]:
+        sessions, alive = {process.pid for process in self.processes}, []
+        for process in psutil.process_iter(["status"]):
             try:
-                if mark in environment.read_bytes().split(b"\0"):
-                    alive.append(int(environment.parent.name))
-            except OSError:  # it is another user's, or has ended
+                if os.getsid(process.pid) in sessions and process.info["status"] != psutil.STATUS_ZOMBIE:
+                    alive.append(process.pid)
+            except ProcessLookupError:
                 continue
         return alive
 
@@ -158,9 +190,10 @@ class Run:
         return [line for line in self.lines(rank) if "step" in line]
 
     def seen(self) -> dict[int, list[list[Any]]]:
-        """What counts of each step: its samples, crops and noise in global order, as they were seen the last time.
+        """What counts of each step: epoch, index, noise and crop of its images in global order, pass by pass.
 
-        Whatever the number of processes: images of a forward pass follow one another by rank.
+        As they were seen the last time, and whatever the number of processes: images of a forward pass follow one
+        another by rank.
         """
         newest: dict[int, int] = {}  # step -> the last start that did it
         lines = [(rank, line) for rank in range(MOST_PROCESSES) for line in self.passes(rank)]
@@ -172,16 +205,18 @@ class Run:
                 passes[line["step"]].setdefault(rank, []).append(line)
         return {
             step: [
-                [image for line in micro for image in zip(line["index"], line["noise"], line["pixels"], strict=True)]
-                for micro in zip(*of_step.values(), strict=True)
+                [image for line in micro for image in _images(line)] for micro in zip(*of_step.values(), strict=True)
             ]
             for step, of_step in passes.items()
         }
 
+    def samples(self) -> list[tuple[int, int]]:
+        """Epoch and index of all images, in the order in which they counted."""
+        return [image[:2] for passes in self.seen().values() for images in passes for image in images]
+
     def order_hash(self) -> str:
-        """Of the indices of all images, in the order in which they counted."""
-        indices = [image[0] for passes in self.seen().values() for images in passes for image in images]
-        return hashlib.sha256(json.dumps(indices).encode()).hexdigest()[:12]
+        """Of that order."""
+        return hashlib.sha256(json.dumps(self.samples()).encode()).hexdigest()[:12]
 
     def series(self, name: str) -> dict[int, float]:
         """A metric by step, as it stands in the run's folder."""
@@ -192,11 +227,23 @@ class Run:
         """The final model's."""
         return load_file(self.output_dir / "model.safetensors")
 
-    def equals(self, other: "Run") -> bool:
-        """Whether both saw the same samples, crops and noise in the same order, and ended with the same bits."""
-        mine, theirs = self.weights(), other.weights()
-        same_weights = mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
-        return same_weights and self.seen() == other.seen()
+    @cached_property
+    def result(self) -> tuple[Counter, dict[int, Any], dict[str, torch.Tensor]]:
+        """Of a finished run: its samples, counted; what its steps saw; its weights."""
+        return Counter(self.samples()), self.seen(), self.weights()
+
+    def compared_with(self, whole: "Run") -> Comparison:
+        """Both must be finished."""
+        (mine, my_steps, my_weights), (theirs, their_steps, their_weights) = self.result, whole.result
+        same_weights = my_weights.keys() == their_weights.keys() and all(
+            torch.equal(my_weights[name], their_weights[name]) for name in my_weights
+        )
+        return Comparison((theirs - mine).total(), (mine - theirs).total(), my_steps == their_steps, same_weights)
+
+
+def _images(line: dict[str, Any]) -> list[tuple[int, int, str, str]]:
+    each = zip(line["index"], line["noise"], line["pixels"], strict=True)
+    return [(line["epoch"], *image) for image in each]
 
 
 def _as_argv(flags: dict[str, Any]) -> list[str]:

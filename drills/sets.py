@@ -4,6 +4,7 @@ import io
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -11,16 +12,34 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 NUM_IMAGES = 1_437  # as many as the embedded training digits
+SHARDS = (500, 137, 300, 500)
+ROWS_PER_GROUP = 64
+WINDOW = 256  # images that are shuffled together: some blocks, not all
+KINDS = ("map-style", "folder", "streamed parquet", "streamed WebDataset")
 
 
-def encoded_digits(file_format: str = "PNG") -> list[bytes]:
-    """Encoded grey images of 8 x 8 pixels."""
-    encoded = []
-    for image in load_digits().images[:NUM_IMAGES]:
-        buffer = io.BytesIO()
-        Image.fromarray(np.round(image * 255 / 16).astype(np.uint8)).save(buffer, format=file_format)
-        encoded.append(buffer.getvalue())
-    return encoded
+def flags_of(kind: str, folder: Path) -> dict[str, Any]:
+    """Writes the digits into `folder` as one of `KINDS`; returns the flags that read them."""
+    if kind == "map-style":
+        return {}
+    images, cache = encoded_digits(), {"cache_dir": folder / "cache"}
+    if kind == "folder":
+        return {"train_dir": write_folder(folder / "images", images), **cache}
+    write = write_parquet if kind == "streamed parquet" else write_archives
+    shards = write(folder / "shards", images, SHARDS)
+    return {"data_files": shards, "streaming": True, "shuffle_window": WINDOW, **cache}
+
+
+def encoded_digits() -> list[bytes]:
+    """PNGs of 8 x 8 grey pixels."""
+    return [png(np.round(image * 255 / 16).astype(np.uint8)) for image in load_digits().images[:NUM_IMAGES]]
+
+
+def png(pixels: np.ndarray) -> bytes:
+    """An image file of them."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="PNG")
+    return buffer.getvalue()
 
 
 def write_folder(folder: Path, images: Sequence[bytes]) -> Path:
@@ -31,43 +50,37 @@ def write_folder(folder: Path, images: Sequence[bytes]) -> Path:
     return folder
 
 
-def write_parquet(folder: Path, images: Sequence[bytes], sizes: Sequence[int], rows_per_group: int = 64) -> str:
+def write_parquet(folder: Path, images: Sequence[bytes], sizes: Sequence[int]) -> str:
     """Shards of these sizes, as on the Hub; returns a pattern that names them."""
     folder.mkdir(parents=True)
     features = datasets.Features({"image": datasets.Image()})
-    ends = np.cumsum(sizes)
-    for shard, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
-        rows = [{"image": {"bytes": content, "path": None}} for content in images[start:end]]
-        part = datasets.Dataset.from_list(rows, features=features)
-        part.to_parquet(folder / f"train-{shard:05d}.parquet", batch_size=rows_per_group)
+    for shard, part in enumerate(cut(images, sizes)):
+        rows = [{"image": {"bytes": content, "path": None}} for content in part]
+        path = folder / f"train-{shard:05d}.parquet"
+        datasets.Dataset.from_list(rows, features=features).to_parquet(path, batch_size=ROWS_PER_GROUP)
     return str(folder / "*.parquet")
 
 
 def write_archives(folder: Path, images: Sequence[bytes], sizes: Sequence[int]) -> str:
     """WebDataset archives of these sizes; returns a pattern that names them."""
     folder.mkdir(parents=True)
-    ends = np.cumsum(sizes)
-    for shard, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
-        with tarfile.open(folder / f"train-{shard:05d}.tar", "w") as archive:
-            for number in range(start, end):
-                member = tarfile.TarInfo(f"{number:06d}.png")
-                member.size = len(images[number])
-                archive.addfile(member, io.BytesIO(images[number]))
+    for shard, part in enumerate(cut(images, sizes)):
+        write_tar(
+            folder / f"train-{shard:05d}.tar", {f"{number:06d}.png": part[number] for number in range(len(part))}
+        )
     return str(folder / "*.tar")
 
 
-def damage(images: Sequence[bytes], every: int) -> tuple[list[bytes], list[int]]:
-    """Damages every so many-th image, in turn in four ways; returns all images, and which are damaged."""
-    bomb = io.BytesIO()
-    Image.new("1", (40_000, 40_000)).save(bomb, format="PNG")
-    ways = (
-        lambda content: content[: len(content) // 2],
-        lambda content: b"",
-        lambda content: b"<html><body>404 Not Found</body></html>",
-        lambda content: bomb.getvalue(),
-    )
-    numbers = list(range(every // 2, len(images), every))
-    damaged = list(images)
-    for turn, number in enumerate(numbers):
-        damaged[number] = ways[turn % len(ways)](images[number])
-    return damaged, numbers
+def write_tar(path: Path, members: dict[str, bytes]) -> None:
+    """An archive of these members, whatever their names."""
+    with tarfile.open(path, "w") as archive:
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+
+
+def cut(images: Sequence[bytes], sizes: Sequence[int]) -> list[Sequence[bytes]]:
+    """Cuts the first images into parts of these sizes."""
+    ends = np.cumsum(sizes).tolist()
+    return [images[end - size : end] for size, end in zip(sizes, ends, strict=True)]
