@@ -4,7 +4,6 @@ import math
 import signal
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 from . import sets
 from .kills import reference

@@ -1,5 +1,6 @@
 """Several processes: one is killed, one has no numbers, each has other losses, two runs want one folder."""
 
+import json
 import os
 import signal
 import time
@@ -17,6 +18,7 @@ from .runs import Run
 
 STEPS = 5 * SAVE_INTERVAL
 HALF = GLOBAL_BATCH_SIZE // 2
+LAST_STATE = f"checkpoint-{STEPS}/trainer_state.json"
 BOUND = 60.0  # seconds in which the other process must have ended
 GRADIENT_TOLERANCE = 1e-5  # of the gradient, relative to its norm
 TWO = {"num_processes": 2, "per_device_train_batch_size": HALF}
@@ -150,4 +152,27 @@ def in_bfloat16(folder: Path) -> Outcome:
         drill="bf16 on a CPU, killed and resumed",
         passed=comparison.equal and in_float32,
         figures={"weights in float32": in_float32, **compared([comparison])},
+    )
+
+
+def in_float16(folder: Path) -> Outcome:
+    """A run on a GPU in float16 with a forced overflow, killed and resumed: the loss scaler goes on where it was."""
+    drill = "fp16 on a GPU with a forced overflow, killed and resumed"
+    if not torch.cuda.is_available():
+        return Outcome(drill, passed=False, skipped="no GPU here")
+    options = {"scaling": Scaling(torch.inf, first_image=0, steps=(6,))}
+    flags = {
+        "max_train_steps": STEPS,
+        "checkpointing_steps": SAVE_INTERVAL,
+        "mixed_precision": "fp16",
+        "use_cpu": False,
+    }
+    whole = Run(folder / "whole", flags).finish(**options)
+    killed = killed_once(folder / "killed", whole, after=2 * SAVE_INTERVAL + 1, **options)
+    states = [json.loads((run.output_dir / LAST_STATE).read_text())["scaler"] for run in (whole, killed)]
+    overflows = int(max(killed.series("skipped_steps").values()))
+    return Outcome(
+        drill,
+        passed=states[0] == states[1] and overflows == 1,
+        figures={"steps skipped": overflows, "scale at the end": states[1]["scale"], "equal": states[0] == states[1]},
     )

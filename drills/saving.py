@@ -1,0 +1,49 @@
+"""What a checkpoint of ViT-B costs, in seconds and as a share of the training that it interrupts."""
+
+import statistics
+from pathlib import Path
+
+from . import sets
+from .outcome import Outcome
+from .runs import Run
+
+RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "imagenet" / "mimae_vit_base_200e.yaml"
+IMAGES_PER_EPOCH = 1_281_167  # between two checkpoints, by default
+GPU_RATE = 1_500  # images per second that one recent GPU is assumed to do; eight save as seldom and train as fast each
+SAVES = 4
+
+
+def stall_of_vit_base(folder: Path) -> Outcome:
+    """Trains ViT-B at full size for a few steps, each with a checkpoint."""
+    flags = {
+        "train_dir": sets.write_folder(folder / "images", sets.encoded_digits()[:16]),
+        "cache_dir": folder / "cache",
+        "streaming": False,
+        "dataloader_num_workers": 0,
+        "per_device_train_batch_size": 2,
+        "max_train_steps": SAVES,
+        "checkpointing_steps": 1,
+        "evaluation_steps": 1000,
+        "logging_steps": 1,
+        "probe_samples": 0,
+        "report_to": "none",
+        "mixed_precision": "no",
+        "torch_compile": False,
+        "use_cpu": True,
+        "cpu_threads": 1,
+    }
+    run = Run(folder / "run", flags, recipe=RECIPE).finish()
+    seconds = statistics.median(line["seconds"] for line in run.lines() if "seconds" in line)
+    size = sum(path.stat().st_size for path in (run.output_dir / f"checkpoint-{SAVES}").rglob("*"))
+    rate = statistics.median(run.series("images_per_second").values())
+    share, share_on_gpu = (seconds / (seconds + IMAGES_PER_EPOCH / images) for images in (rate, GPU_RATE))
+    return Outcome(
+        drill="checkpoints of ViT-B",
+        passed=share_on_gpu < 0.05,
+        figures={
+            "save stall in seconds, ViT-B (median)": round(seconds, 1),
+            "checkpoint in GB": round(size / 1e9, 2),
+            "share of training time, an epoch of ImageNet between two, at this machine's rate": f"{share:.2e}",
+            f"the same at {GPU_RATE:,} images/s": f"{share_on_gpu:.2%}",
+        },
+    )
