@@ -45,10 +45,8 @@ DRILLS: dict[str, Drill] = {
     "bf16": processes.in_bfloat16,
     "fp16": processes.in_float16,
     "lock": processes.two_runs_in_one_folder,
-    "malice": lambda folder: [
-        storage.files_that_execute(folder / "pickles"),
-        storage.names_that_climb(folder / "names"),
-    ],
+    "pickles": storage.files_that_execute,
+    "archives": storage.names_that_climb,
     "gradients": partial(processes.gradients, world_sizes=(2, 4), accumulations=(1, 3)),
     "travel": shuffling.travel,
     "memory": shuffling.memory,

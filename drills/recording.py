@@ -34,8 +34,8 @@ FILE_OPERATIONS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os
 class DeathInSave(NamedTuple):
     """When a run kills itself: in which save since it was started, and where in it.
 
-    `fraction` is of the time that a save takes, or with `by_operation` of its file operations: between any two of them,
-    the rename and the rotation's removals included, it dies with the same chance.
+    `fraction` is of the time that a save takes, or with `by_operation` of its file operations: before any of them, the
+    rename and the rotation's removals included, it dies with the same chance.
     """
 
     save: int
@@ -213,8 +213,8 @@ def run(options: dict[str, Any], argv: Sequence[str]) -> int:
     """Runs the script.
 
     Args:
-        options: "folder" of the record and the number of the "start"; "death", "scaling" and "impatience" as the fields
-            of their classes; whether to keep "gradients".
+        options: "folder" of the record and the number of the "start"; "death", "scaling" and "impatience", each the
+            fields of its class; whether to keep "gradients".
         argv: the script's flags.
     """
     recorder = Recorder(Path(options["folder"]), options["start"], int(os.environ.get("RANK", "0")))

@@ -203,12 +203,7 @@ class Run:
         for rank, line in lines:
             if line["start"] == newest[line["step"]]:
                 passes[line["step"]].setdefault(rank, []).append(line)
-        return {
-            step: [
-                [image for line in micro for image in _images(line)] for micro in zip(*of_step.values(), strict=True)
-            ]
-            for step, of_step in passes.items()
-        }
+        return {step: _in_global_order(list(of_step.values())) for step, of_step in passes.items()}
 
     def samples(self) -> list[tuple[int, int]]:
         """Epoch and index of all images, in the order in which they counted."""
@@ -239,6 +234,11 @@ class Run:
             torch.equal(my_weights[name], their_weights[name]) for name in my_weights
         )
         return Comparison((theirs - mine).total(), (mine - theirs).total(), my_steps == their_steps, same_weights)
+
+
+def _in_global_order(lines_by_rank: list[list[dict[str, Any]]]) -> list[list[Any]]:
+    """The images of each forward pass, those of the first rank first."""
+    return [[image for line in lines for image in _images(line)] for lines in zip(*lines_by_rank, strict=True)]
 
 
 def _images(line: dict[str, Any]) -> list[tuple[int, int, str, str]]:

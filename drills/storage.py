@@ -38,7 +38,7 @@ def full_disk(folder: Path) -> Outcome:
         mount(filled.output_dir, 10 * size, "remount")
         comparison = filled.finish().compared_with(whole)
     finally:
-        subprocess.run(["umount", filled.output_dir], check=True)
+        subprocess.run(["umount", "--lazy", filled.output_dir], check=True)
     return Outcome(
         drill,
         passed=code == 1 and said and len(valid) == 2 and not partial and comparison.equal,
