@@ -1,5 +1,6 @@
 """The order is a permutation by (seed, epoch), sliced lazily, and reaches as far as it says."""
 
+from collections import Counter
 from itertools import pairwise
 
 import numpy as np
@@ -7,6 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mimae.data.base import RowSource
+from mimae.data.loaders import BatchPlan, BatchRequest, BlockReader
 from mimae.data.order import SampleOrder, augmentation_seed, sample_noise
 
 BLOCKS = st.lists(st.integers(1, 30), min_size=1, max_size=20)
@@ -32,21 +35,46 @@ def test_slices_join_to_the_whole_wherever_it_is_cut(sizes, seed, epoch, window,
     assert np.concatenate(pieces[::-1]).tolist() == whole.tolist()
 
 
-@settings(max_examples=60, deadline=None)
-@given(BLOCKS, SEEDS, EPOCHS, st.integers(1, 80), st.integers(1, 4), st.integers(1, 6), st.data())
-def test_any_processes_cut_and_resume_see_each_sample_once(sizes, seed, epoch, window, processes, batch, data):
-    order = SampleOrder(sizes, seed, window)
-    global_batch = processes * batch
-    steps = len(order) // global_batch
-    cut = data.draw(st.integers(0, steps))
+class Numbers(RowSource):
+    """Rows that are their own indices, in blocks."""
+
+    reads_blocks = True
+
+    def __init__(self, block_sizes):
+        self.block_sizes = np.array(block_sizes)
+
+    def read(self, index):
+        return index, None
+
+    def describe(self, index):
+        return str(index)
+
+
+def rows_seen(order, steps, processes, workers, global_batch):
+    """What so many processes of so many workers read in these steps, the batches dealt to workers in turn."""
+    sizes = {"per_device_batch_size": global_batch // processes, "global_batch_size": global_batch}
+    sizes |= {"samples_used": len(order) // global_batch * global_batch, "stride": workers}
+    plans = [BatchPlan(order, process_index=process, **sizes) for process in range(processes)]
+    readers = [[BlockReader(Numbers(order.block_sizes), plan) for _ in range(workers)] for plan in plans]
+    for number, (epoch, step) in enumerate(steps):
+        for of_process in readers:
+            yield from (row for row, _ in of_process[number % workers](BatchRequest(epoch, step * global_batch)))
+
+
+@settings(max_examples=150, deadline=None)
+@given(BLOCKS, SEEDS, EPOCHS, st.integers(1, 80), st.integers(1, 6), st.data())
+def test_any_processes_workers_cut_and_resume_see_each_sample_once(sizes, seed, epoch, window, quarter, data):
+    global_batch, whole = 4 * quarter, SampleOrder(sizes, seed, window)
+    steps = [(each, step) for each in (epoch, epoch + 1) for step in range(len(whole) // global_batch)]
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(steps)), max_size=3)))
     seen = []
-    for step in [*range(cut), *range(cut, steps)]:
-        if step == cut:  # the run was killed here and a new one takes over
-            order = SampleOrder(sizes, seed, window)
-        for process in range(processes):
-            start = step * global_batch + process * batch
-            seen += order.slice(epoch, start, start + batch).tolist()
-    assert seen == SampleOrder(sizes, seed, window).slice(epoch, 0, steps * global_batch).tolist()
+    for start, stop in pairwise([0, *cuts, len(steps)]):  # each part is a run of its own that takes over
+        processes, workers = data.draw(st.sampled_from([1, 2, 4])), data.draw(st.integers(1, 4))
+        order = SampleOrder(sizes, seed, window)
+        seen += rows_seen(order, steps[start:stop], processes, workers, global_batch)
+    used = len(whole) // global_batch * global_batch
+    assert seen == [row for each in (epoch, epoch + 1) for row in whole.slice(each, 0, used).tolist()]
+    assert max(Counter(seen[:used]).values(), default=1) == max(Counter(seen[used:]).values(), default=1) == 1
 
 
 @settings(max_examples=60, deadline=None)
