@@ -1,1 +1,0 @@
-READ_TIMEOUT = 30.0
