@@ -5,7 +5,8 @@
     accelerate launch run_mim_pretrain.py --config recipes/imagenet/mimae_vit_base_200e.yaml --output_dir out
     accelerate launch run_mim_pretrain.py --config … --output_dir out --resume_from_checkpoint latest
 
-Exit codes: 0 done; 143 after SIGTERM and 138 after SIGUSR1, with a checkpoint of that very step; 1 on an error.
+Exit codes: 0 done; 143 after SIGTERM and 138 after SIGUSR1, with a checkpoint of that very step; 1 on an error,
+with a checkpoint of the last whole step where images cannot be read.
 """
 
 import json

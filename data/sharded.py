@@ -1,7 +1,7 @@
 """Streamed shards: row groups of parquet files and runs of tar members, read at random, locally or over a network.
 
 A shard is listed once (a parquet footer; the headers of a tar), in parallel threads, and the listing is kept on disk.
-Files are opened through 🤗 Datasets' own file-system layer, which retries and which knows `hf://` and `http(s)://`.
+Files are opened by `remote`, which knows `hf://` and `http(s)://`, tries again what fails, and says for how long.
 """
 
 import hashlib
@@ -12,6 +12,7 @@ import tarfile
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -20,10 +21,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from datasets import Features, config
-from datasets.utils.file_utils import xopen
 from datasets.utils.logging import get_logger
 
 from .base import ImageSource
+from .remote import UnreadableFileError, open_shard
 from .words import some
 
 SAMPLES_PER_TAR_BLOCK = 256
@@ -73,7 +74,7 @@ class ShardedSource(ImageSource):
 
     def open_file(self, path: str) -> Any:
         """Opens a shard for `opened`."""
-        return xopen(path, "rb")
+        return open_shard(path)
 
     def opened(self, path: str) -> Any:
         """Returns an open shard; each process has its own few, for a forked one may not share file positions."""
@@ -146,8 +147,10 @@ class ParquetSource(ShardedSource):
     def read_row_group(self, block: int) -> list[pa.ChunkedArray]:
         """Returns the columns of one row group, from memory if it is the one read last."""
         if self._last[0] != block:
-            file = self.opened(self.files[self.block_files[block]])
-            table = file.read_row_group(int(self.row_groups[block]), columns=self.columns, use_threads=False)
+            path = self.files[self.block_files[block]]
+            file, group = self.opened(path), int(self.row_groups[block])
+            with _damage_named(path):
+                table = file.read_row_group(group, columns=self.columns, use_threads=False)
             self._last = (block, [table.column(name) for name in self.columns])
         return self._last[1]
 
@@ -204,7 +207,10 @@ class TarSource(ShardedSource):
 
     def _read_member(self, file: BinaryIO, row: int) -> bytes:
         file.seek(int(self.offsets[row]))
-        return file.read(int(self.lengths[row]))
+        content = file.read(int(self.lengths[row]))
+        if len(content) < self.lengths[row]:
+            raise ValueError(f"{self.describe(row)} is cut short: the file is not the one that was listed")
+        return content
 
     def _stored_labels(self) -> np.ndarray:
         return self._labels
@@ -216,7 +222,7 @@ class TarSource(ShardedSource):
 
 def parquet_features(path: str) -> Features:
     """Returns the `datasets.Features` of a parquet file, from its schema."""
-    with xopen(path, "rb") as file:
+    with open_shard(path) as file:
         return Features.from_arrow_schema(_open_parquet(file, path).schema_arrow)
 
 
@@ -239,7 +245,7 @@ def tar_fields(path: str) -> list[str]:
 def _members(path: str, read_field: str | None = None) -> Iterator[tuple[str, str, tarfile.TarInfo, bytes | None]]:
     """Yields (sample key, field, member, content or None) of each file in an uncompressed archive."""
     try:
-        with xopen(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
+        with open_shard(path) as file, tarfile.open(fileobj=file, mode="r:") as archive:
             for member in archive:
                 name = MEMBER_NAME.match(member.name)
                 if member.isreg() and name and not os.path.basename(member.name).startswith("__"):
@@ -279,7 +285,7 @@ def _integer(content: bytes, path: str, name: str) -> int:
 
 def _list_row_groups(path: str) -> tuple[np.ndarray, np.ndarray]:
     """Returns rows and uncompressed bytes of a parquet file's row groups: two int64 arrays."""
-    with xopen(path, "rb") as file:
+    with open_shard(path) as file:
         footer = _open_parquet(file, path).metadata
     groups = [footer.row_group(number) for number in range(footer.num_row_groups)]
     rows = np.array([group.num_rows for group in groups], dtype=np.int64)
@@ -288,8 +294,10 @@ def _list_row_groups(path: str) -> tuple[np.ndarray, np.ndarray]:
 
 def _read_parquet(path: str, column: str) -> pa.Table:
     """Reads one column of a file, and nothing else of it."""
-    with xopen(path, "rb") as file:
-        return _open_parquet(file, path).read(columns=[column])
+    with open_shard(path) as file:
+        parquet = _open_parquet(file, path)
+        with _damage_named(path):
+            return parquet.read(columns=[column])
 
 
 def _paths(table: pa.Table) -> list[str | None]:
@@ -300,9 +308,18 @@ def _paths(table: pa.Table) -> list[str | None]:
 
 
 def _open_parquet(file: BinaryIO, path: str) -> pq.ParquetFile:
-    try:
+    with _damage_named(path):
         return pq.ParquetFile(file, pre_buffer=True)
-    except pa.ArrowInvalid as error:
+
+
+@contextmanager
+def _damage_named(path: str) -> Iterator[None]:
+    """Names the file in what pyarrow says of its bytes; a network's failure has its name already."""
+    try:
+        yield
+    except UnreadableFileError:
+        raise
+    except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path} is no parquet file or a damaged one, fetch it again: {error}") from error
 
 

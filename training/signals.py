@@ -3,9 +3,9 @@
 import signal
 from typing import Any
 
-import torch
-import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from .processes import Agreement
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -23,9 +23,7 @@ class StopRequest:
 
     def __init__(self):
         self._signum = 0
-        # on the host, beside the training's own group: agreeing must not wait for the device
-        alone = not (dist.is_initialized() and dist.get_world_size() > 1)
-        self._group = None if alone else dist.new_group(backend="gloo")
+        self._agreement = Agreement()
 
     def __enter__(self) -> "StopRequest":
         self._previous = {s: signal.signal(s, self._remember) for s in STOP_SIGNALS}
@@ -40,11 +38,7 @@ class StopRequest:
 
     def agreed(self) -> int:
         """The signal's number if any process got one, else 0."""
-        if self._group is None:
-            return self._signum
-        signum = torch.tensor(self._signum)
-        dist.all_reduce(signum, op=dist.ReduceOp.MAX, group=self._group)
-        return int(signum)
+        return self._agreement.largest(self._signum)
 
 
 class StopOnSignal(TrainerCallback):

@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from .checkpoints import (
 )
 from .metrics import OUTPUT_SCALARS, MetricLog, StepMeter
 from .optimization import WarmupSchedule, clip_gradients, parameter_names
+from .processes import Agreement
 from .signals import RunStopped, StopRequest
 
 logger = logging.getLogger(__name__)
@@ -41,6 +43,10 @@ logger = logging.getLogger(__name__)
 
 class NonFiniteError(RuntimeError):
     """Too many steps in a row had no finite gradient; the last finite state was saved."""
+
+
+class BatchError(RuntimeError):
+    """A process, this one or another, could not read the images of a step; the last whole step was saved."""
 
 
 @dataclass
@@ -128,6 +134,7 @@ class Pretrainer:
             RunStopped: a signal asked for it; a checkpoint is saved.
             NonFiniteError: a checkpoint of the last finite state is saved.
             TooManyBadImagesError: a checkpoint is saved.
+            BatchError: on all processes; a checkpoint of the last whole step is saved, if there was one.
         """
         self.metrics = MetricLog(
             self.output_dir / "metrics.jsonl",
@@ -142,22 +149,32 @@ class Pretrainer:
             max_fraction=self.max_bad_image_fraction,
         )
         batches = self.loader.batches(self.progress.epoch, self.progress.position)
+        if left_out := self.loader.num_samples - self.loader.samples_used:
+            logger.info("%d images of each epoch, others in each, are left out: they do not fill a step", left_out)
+        self._agreement = Agreement()
         self.model.train()
         try:
             with StopRequest() as stop_request:
                 if self.progress.step == 0:
                     self.metrics.write(0, self.evaluate(0))
-                self._last_log = (time.perf_counter(), self.progress.step)
-                while self.progress.step < self.schedule.total_steps:
-                    self._step(batches)
-                    self._after_step(stop_request)
+                self._run_steps(batches, stop_request)
         finally:
             self.metrics.close()
 
+    def _run_steps(self, batches: Iterator[dict[str, Any]], stop_request: StopRequest) -> None:
+        self._last_log = (time.perf_counter(), self.progress.step)
+        try:
+            while self.progress.step < self.schedule.total_steps:
+                self._step(batches)
+                self._after_step(stop_request)
+        except (RunStopped, NonFiniteError, TooManyBadImagesError, BatchError):  # by all processes at the same step
+            if self.progress.step > 0:
+                self.save()
+            raise
+
     def _step(self, batches: Iterator[dict[str, Any]]) -> None:
         scalars = torch.zeros(len(OUTPUT_SCALARS), device=self.accelerator.device)
-        for micro_step in range(1, self.gradient_accumulation_steps + 1):
-            batch = next(batches)
+        for micro_step, batch in enumerate(self._take(batches), start=1):
             self.bad_images.add(batch["bad_images"])
             is_last = micro_step == self.gradient_accumulation_steps
             with contextlib.nullcontext() if is_last else self.accelerator.no_sync(self.model):
@@ -169,6 +186,21 @@ class Pretrainer:
         if self.progress.position >= self.loader.samples_used:
             self.progress.epoch, self.progress.position = self.progress.epoch + 1, 0
         self.metrics.advance()
+
+    def _take(self, batches: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
+        """All batches of a step. They are read before its first forward pass, so that a step which lacks one leaves no
+        trace: no gradient, no random number, no open gate, and no process that waits for another's gradient."""
+        taken, failure = [], None
+        try:
+            taken = list(islice(batches, self.gradient_accumulation_steps))
+        except Exception as error:  # whatever it is, the other processes must know
+            failure = error
+        if self._agreement.largest(int(failure is not None)):
+            step = self.progress.step
+            rest = f"; step {step} is saved, --resume_from_checkpoint latest goes on" if step else ""
+            reader = "another process" if failure is None else "this process"
+            raise BatchError(f"{reader} could not read the images of step {step + 1}{rest}") from failure
+        return taken
 
     def _forward_backward(self, batch: dict[str, Any]) -> torch.Tensor:
         """The output's scalars, detached, in `OUTPUT_SCALARS`' order."""
@@ -201,10 +233,10 @@ class Pretrainer:
             self._log()
         paused = time.perf_counter()
         signum = 0 if is_end else stop_request.agreed()
-        if step % self.intervals.checkpointing == 0 or is_end or signum:
-            self.save()
         if signum:
             raise RunStopped(signum)
+        if step % self.intervals.checkpointing == 0 or is_end:
+            self.save()
         if step % self.intervals.evaluation == 0 or is_end:  # after saving: what it may run into loses no step
             self.metrics.write(step, self.evaluate(step))
         then, last_step = self._last_log
@@ -230,18 +262,14 @@ class Pretrainer:
 
     def _stop_if_hopeless(self) -> None:
         """Bad images and skipped steps are looked at when logging, where the device is waited for anyway."""
-        try:
-            self.bad_images.flush()
-            self.bad_images.check()
-            if self.meter.longest_skip >= self.max_nonfinite_steps:
-                raise NonFiniteError(
-                    f"{self.meter.longest_skip} steps in a row had no finite gradient "
-                    f"(--max_nonfinite_steps {self.max_nonfinite_steps}). A lower base_learning_rate, a longer "
-                    "warm-up or --max_grad_norm may help; the last finite state is saved"
-                )
-        except (TooManyBadImagesError, NonFiniteError):
-            self.save()
-            raise
+        self.bad_images.flush()
+        self.bad_images.check()
+        if self.meter.longest_skip >= self.max_nonfinite_steps:
+            raise NonFiniteError(
+                f"{self.meter.longest_skip} steps in a row had no finite gradient "
+                f"(--max_nonfinite_steps {self.max_nonfinite_steps}). A lower base_learning_rate, a longer "
+                "warm-up or --max_grad_norm may help; the last finite state is saved"
+            )
 
     def save(self) -> None:
         """Publishes a checkpoint of this moment. Collective: rank 0 writes for all."""
