@@ -1,5 +1,6 @@
 """How a recorded run gets its processes: launched for real, or forked from a server that has imported everything."""
 
+import atexit
 import json
 import multiprocessing
 import os
@@ -63,4 +64,7 @@ def _run_forked(options: dict[str, Any], argv: list[str], environment: dict[str,
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    sys.exit(run(options, argv))
+    try:
+        sys.exit(run(options, argv))
+    finally:
+        atexit._run_exitfuncs()  # multiprocessing ends its processes without

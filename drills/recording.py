@@ -204,8 +204,7 @@ def die_after(seconds: float) -> None:
 
 def shorten_waits(impatience: Impatience) -> None:
     """Of reads over a network."""
-    for name in ("STREAMING_READ_RETRY_INTERVAL", "STREAMING_OPEN_RETRY_INTERVAL"):
-        setattr(datasets.config, name, impatience.between_tries)
+    datasets.config.STREAMING_READ_RETRY_INTERVAL = impatience.between_tries
     remote.READ_TIMEOUT = impatience.for_an_answer
 
 

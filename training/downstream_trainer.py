@@ -13,6 +13,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerContr
 from transformers.trainer_utils import EvalLoopOutput
 
 from .averaging import WeightAverage
+from .processes import Agreement
 from .sealed_checkpoints import SealedCheckpoints
 from .signals import RunStopped, StopOnSignal, StopRequest
 
@@ -88,7 +89,7 @@ class DownstreamTrainer(Trainer):
         Raises:
             RunStopped: one has come before the last step; a checkpoint is saved.
         """
-        with StopRequest() as stop_request:
+        with StopRequest(Agreement()) as stop_request:
             stop = StopOnSignal(stop_request)
             self.add_callback(stop)
             self.train(resume_from_checkpoint=checkpoint)

@@ -21,9 +21,8 @@ class RunStopped(Exception):
 class StopRequest:
     """Remembers the first stop signal; `agreed()` tells all processes alike whether any of them got one."""
 
-    def __init__(self):
-        self._signum = 0
-        self._agreement = Agreement()
+    def __init__(self, agreement: Agreement):
+        self._signum, self._agreement = 0, agreement
 
     def __enter__(self) -> "StopRequest":
         self._previous = {s: signal.signal(s, self._remember) for s in STOP_SIGNALS}

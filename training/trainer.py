@@ -9,7 +9,6 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -154,7 +153,7 @@ class Pretrainer:
         self._agreement = Agreement()
         self.model.train()
         try:
-            with StopRequest() as stop_request:
+            with StopRequest(self._agreement) as stop_request:
                 if self.progress.step == 0:
                     self.metrics.write(0, self.evaluate(0))
                 self._run_steps(batches, stop_request)
@@ -174,7 +173,13 @@ class Pretrainer:
 
     def _step(self, batches: Iterator[dict[str, Any]]) -> None:
         scalars = torch.zeros(len(OUTPUT_SCALARS), device=self.accelerator.device)
-        for micro_step, batch in enumerate(self._take(batches), start=1):
+        before = random_state(), {name: buffer.clone() for name, buffer in self.unwrapped.named_buffers()}
+        for micro_step in range(1, self.gradient_accumulation_steps + 1):
+            try:
+                batch = self._next(batches)
+            except BatchError:
+                self._undo_forward_passes(*before)
+                raise
             self.bad_images.add(batch["bad_images"])
             is_last = micro_step == self.gradient_accumulation_steps
             with contextlib.nullcontext() if is_last else self.accelerator.no_sync(self.model):
@@ -187,12 +192,11 @@ class Pretrainer:
             self.progress.epoch, self.progress.position = self.progress.epoch + 1, 0
         self.metrics.advance()
 
-    def _take(self, batches: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
-        """All batches of a step. They are read before its first forward pass, so that a step which lacks one leaves no
-        trace: no gradient, no random number, no open gate, and no process that waits for another's gradient."""
-        taken, failure = [], None
+    def _next(self, batches: Iterator[dict[str, Any]]) -> dict[str, Any]:
+        """The next batch, if every process has got its own: none may wait for another's gradient in vain."""
+        batch = failure = None
         try:
-            taken = list(islice(batches, self.gradient_accumulation_steps))
+            batch = next(batches)
         except Exception as error:  # whatever it is, the other processes must know
             failure = error
         if self._agreement.largest(int(failure is not None)):
@@ -200,7 +204,13 @@ class Pretrainer:
             rest = f"; step {step} is saved, --resume_from_checkpoint latest goes on" if step else ""
             reader = "another process" if failure is None else "this process"
             raise BatchError(f"{reader} could not read the images of step {step + 1}{rest}") from failure
-        return taken
+        return batch
+
+    def _undo_forward_passes(self, random: dict[str, torch.Tensor], buffers: dict[str, torch.Tensor]) -> None:
+        """Puts back the random state and the buffers, such as the gate, that an unfinished step has changed."""
+        set_random_state(random)
+        for name, buffer in self.unwrapped.named_buffers():
+            buffer.copy_(buffers[name])
 
     def _forward_backward(self, batch: dict[str, Any]) -> torch.Tensor:
         """The output's scalars, detached, in `OUTPUT_SCALARS`' order."""
