@@ -60,6 +60,8 @@ def _run_forked(options: dict[str, Any], argv: list[str], environment: dict[str,
     from .recording import run  # in the server it is loaded; whoever starts the server needs none of it
 
     os.setsid()
+    default = multiprocessing.get_all_start_methods()[0]
+    multiprocessing.set_start_method(default, force=True)  # of workers; it was this process's own
     os.environ.update(environment)
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
