@@ -4,7 +4,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 OUTPUT_DIR ?= outputs/demo
 
-.PHONY: install demo test test-slow lint format clean
+.PHONY: install demo test test-slow drills lint format clean
 
 install: $(INSTALLED)
 
@@ -22,6 +22,9 @@ test: install
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow tests
+
+drills: install
+	$(BIN)/python -m mimae.drills
 
 lint: install
 	$(BIN)/ruff check .

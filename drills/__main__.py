@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 
 from . import damage, images, kills, network, order, processes, report, saving, sets, shuffling, storage
-from .outcome import Outcome
+from .outcome import Outcome, as_list
 from .runs import HangError
 
 KILLS = 100
@@ -50,7 +50,7 @@ DRILLS: dict[str, Drill] = {
     "gradients": partial(processes.gradients, world_sizes=(2, 4), accumulations=(1, 3)),
     "travel": shuffling.travel,
     "memory": shuffling.memory,
-    "stall": saving.stall_of_vit_base,
+    "stall": saving.stall,
 }
 
 
@@ -74,16 +74,14 @@ def run_drill(name: str) -> tuple[list[Outcome], float]:
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="mimae-drill-") as folder:
         try:
-            outcome = DRILLS[name](Path(folder))
+            outcomes = as_list(DRILLS[name](Path(folder)))
         except HangError as error:
-            outcome = Outcome(name, passed=False, figures={"hangs": 1, "error": str(error).splitlines()[0]})
+            outcomes = [Outcome(name, passed=False, figures={"hangs": 1, "error": str(error).splitlines()[0]})]
             print(error, flush=True)
         except Exception as error:  # the other drills are to be run all the same
-            outcome = Outcome(
-                name, passed=False, figures={"error": f"{type(error).__name__}: {error}".splitlines()[0]}
-            )
+            outcomes = [Outcome(name, passed=False, figures={"error": repr(error)[:200]})]
             traceback.print_exc()
-    outcomes, seconds = outcome if isinstance(outcome, list) else [outcome], time.monotonic() - started
+    seconds = time.monotonic() - started
     for each in outcomes:
         print(f"{name} ({seconds:.0f} s): {report.verdict(vars(each))}, {each.drill}: {each.figures}", flush=True)
     return outcomes, seconds

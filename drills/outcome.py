@@ -24,6 +24,11 @@ class Outcome:
     skipped: str | None = None
 
 
+def as_list(outcomes: Outcome | list[Outcome]) -> list[Outcome]:
+    """Of a drill that gives one, or some."""
+    return outcomes if isinstance(outcomes, list) else [outcomes]
+
+
 def compared(comparisons: Sequence[Comparison]) -> dict[str, int]:
     """The figures that say whether runs were equal to those that nothing happened to."""
     return {

@@ -73,7 +73,7 @@ def headline(figures: list[dict[str, Any]]) -> list[str]:
         "samples and final weights bitwise equal": f"{total('runs equal')} of {total('runs compared')} runs",
         "most steps redone": f"{worst('most steps redone')}, of {worst('save interval in steps')} between saves",
         "seconds from resume to first step": worst("seconds from resume to first step (median)"),
-        "seconds of training that a checkpoint of ViT-B costs": worst("save stall in seconds, ViT-B (median)"),
+        "seconds of training that a checkpoint of ViT-B costs": worst("save stall in seconds (median)"),
         "share of the training time": worst(SHARE),
         "hangs": total("hangs"),
     }

@@ -14,9 +14,10 @@ SAVES = 4
 SHARE = f"share of training time at {GPU_RATE:,} images/s, an epoch of ImageNet between two"
 
 
-def stall_of_vit_base(folder: Path) -> Outcome:
-    """Trains ViT-B at full size for a few steps, each with a checkpoint."""
+def stall(folder: Path, preset: str = "vit-base") -> Outcome:
+    """Trains a model at full size for a few steps, each with a checkpoint."""
     flags = {
+        "preset": preset,
         "train_dir": sets.write_folder(folder / "images", sets.encoded_digits()[:16]),
         "cache_dir": folder / "cache",
         "streaming": False,
@@ -39,10 +40,10 @@ def stall_of_vit_base(folder: Path) -> Outcome:
     rate = statistics.median(run.series("images_per_second").values())
     share, share_on_gpu = (seconds / (seconds + IMAGES_PER_EPOCH / images) for images in (rate, GPU_RATE))
     return Outcome(
-        drill="checkpoints of ViT-B",
+        drill=f"checkpoints of {preset}",
         passed=share_on_gpu < 0.05,
         figures={
-            "save stall in seconds, ViT-B (median)": round(seconds, 1),
+            "save stall in seconds (median)": round(seconds, 1),
             "checkpoint in GB": round(size / 1e9, 2),
             "the same at this machine's rate": f"{share:.2e}",
             SHARE: f"{share_on_gpu:.2%}",

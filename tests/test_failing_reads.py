@@ -1,14 +1,9 @@
-"""Servers that fail, really: what is read is right all the same, and where nothing can be read no run is lost.
-
-This file is also what the two processes run: a script, with a network's patience cut short.
-"""
+"""Servers that fail, really: what is read is right all the same, and where nothing can be read no run is lost."""
 
 import io
 import os
-import runpy
 import socket
 import struct
-import sys
 import threading
 from pathlib import Path
 from typing import ClassVar
@@ -16,12 +11,14 @@ from typing import ClassVar
 import datasets
 import numpy as np
 import pytest
-from runs import flags, launch, metrics, pretrain, series, weights
+from runs import metrics, pretrain, series, weights
 
 from mimae.data import remote
 from mimae.data.order import SampleOrder
 from mimae.data.remote import UnreadableFileError, open_shard
 from mimae.data.sources import open_image_source
+from mimae.drills.recording import Impatience
+from mimae.drills.runs import Run
 from mimae.tests.data_helpers import RangeHandler, serve_folder, shards, write_parquet, write_tars
 from mimae.training.checkpoints import verify
 from mimae.training.trainer import BatchError
@@ -31,19 +28,12 @@ SIZES = (40, 1, 40, 40)  # rows of the shards; a shard of one row is read in one
 LONELY_ROW, LONELY_FILE = 40, "shard-1.parquet"
 
 
-def lose_patience():
-    """Seconds instead of minutes."""
-    datasets.config.STREAMING_READ_MAX_RETRIES = TRIES
-    datasets.config.STREAMING_READ_RETRY_INTERVAL = 0.01
-    remote.READ_TIMEOUT = 0.5
-
-
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
-    for name in ("STREAMING_READ_MAX_RETRIES", "STREAMING_READ_RETRY_INTERVAL"):
-        monkeypatch.setattr(datasets.config, name, None)  # to have them put back
-    monkeypatch.setattr(remote, "READ_TIMEOUT", None)
-    lose_patience()
+    """Seconds instead of minutes."""
+    monkeypatch.setattr(datasets.config, "STREAMING_READ_MAX_RETRIES", TRIES)
+    monkeypatch.setattr(datasets.config, "STREAMING_READ_RETRY_INTERVAL", 0.01)
+    monkeypatch.setattr(remote, "READ_TIMEOUT", 0.5)
 
 
 class FailingHandler(RangeHandler):
@@ -310,37 +300,26 @@ def test_images_that_do_not_fill_a_step_are_counted_in_the_log(tmp_path, capsys)
     assert capsys.readouterr().err.count(" 5 images of each epoch, others in each, are left out") == 1
 
 
-def launch_two(output_dir, *extra, **values):
-    """Two processes run this file, which runs the script; returns their exit code and output."""
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__)
-    process = launch([*flags(output_dir, **values), *extra], launcher=launcher)
-    output, _ = process.communicate(timeout=300)
-    return process.returncode, output
-
-
-def test_where_one_of_two_processes_cannot_read_both_end_and_resumed_equal_two_without_failure(server, tmp_path):
+def test_where_one_of_two_processes_cannot_read_both_end_and_resumed_equal_two_without_failure(
+    server, tmp_path, forked_runs
+):
     handler, url, folder = server
     write_parquet(folder, shards(*SIZES))
-    run = settings(url, tmp_path, per_device_train_batch_size=15)
+    settings_of_two = settings(url, tmp_path, per_device_train_batch_size=15, num_channels=3)
+    impatience = Impatience(between_tries=0.01, for_an_answer=0.5)
     last_step = position_of_the_lonely_row(seed=0) // 30
 
     fail_at_the_lonely_row(handler)
-    code, output = launch_two(tmp_path / "parts", **run)
-    assert code == 1, output
+    parts = Run(tmp_path / "parts", settings_of_two, num_processes=2)
+    parts.start(impatience=impatience)
+    assert parts.wait() == [1, 1]
     for reader in ("this process", "another process"):
-        assert output.count(f"BatchError: {reader} could not read the images of step {last_step + 1}") == 1, output
-    assert f"{LONELY_FILE} could not be read in {TRIES} tries" in output
-    assert max(line["step"] for line in metrics(tmp_path / "parts")) == last_step
+        message = f"BatchError: {reader} could not read the images of step {last_step + 1}"
+        assert parts.log().count(message) == 1, parts.log()
+    assert f"{LONELY_FILE} could not be read in 20 tries" in parts.log()
+    assert max(line["step"] for line in metrics(parts.output_dir)) == last_step
 
     handler.served.clear()
-    for name, extra in (("parts", ["--resume_from_checkpoint", "latest"]), ("whole", [])):
-        code, output = launch_two(tmp_path / name, *extra, **run)
-        assert code == 0, output
-        assert "world size 2" in output
-    assert_same_run(tmp_path / "whole", tmp_path / "parts")
-
-
-if __name__ == "__main__":
-    lose_patience()
-    sys.argv.pop(0)
-    runpy.run_path(sys.argv[0], run_name="__main__")
+    whole = Run(tmp_path / "whole", settings_of_two, num_processes=2)
+    assert parts.finish(impatience=impatience).compared_with(whole.finish(impatience=impatience)).equal
+    assert "world size 2" in parts.log()
