@@ -1,9 +1,9 @@
-"""The pre-training script, recorded: what each step has seen, when each save began and ended; with trouble on demand.
+"""The pre-training script, recorded: what each step saw and made of the weights, each save; with trouble on demand.
 
     python -m mimae.drills.recording '{"folder": "records", "start": 0}' FLAGS…
 
-A line of JSON is appended to `folder/<rank>.jsonl` for each forward pass and around each save. It is written at once:
-what a kill leaves is what was done before it.
+A line of JSON is appended to `folder/<rank>.jsonl` for each forward pass and each update, and around each save. It is
+written at once: what a kill leaves is what was done before it.
 """
 
 import hashlib
@@ -129,18 +129,26 @@ def scale_pixels(scaling: Scaling, rank: int) -> None:
     Pretrainer._forward_backward = scaled
 
 
-def keep_gradients(folder: Path) -> None:
-    """Writes the gradient of every step, as the optimiser gets it, to `folder/gradient-<step>.safetensors`."""
+def record_updates(recorder: Recorder, gradients: bool) -> None:
+    """Makes the trainer of this process tell the recorder the weights after each step.
+
+    Args:
+        gradients: whether to write the gradient of every step, as the optimiser gets it, to
+            `gradient-<rank>-<step>.safetensors` beside the record.
+    """
     update = Pretrainer._update
 
     @wraps(update)
-    def kept(trainer: Pretrainer, scalars: torch.Tensor) -> None:
-        named = trainer.unwrapped.named_parameters()
-        gradient = {name: p.grad.clone() for name, p in named if p.grad is not None}
-        save_file(gradient, folder / f"gradient-{trainer.progress.step + 1}.safetensors")
+    def recorded(trainer: Pretrainer, scalars: torch.Tensor) -> None:
+        step, parameters = trainer.progress.step + 1, dict(trainer.unwrapped.named_parameters())
+        if gradients:
+            gradient = {name: p.grad.clone() for name, p in parameters.items() if p.grad is not None}
+            save_file(gradient, recorder.folder / f"gradient-{recorder.rank}-{step}.safetensors")
         update(trainer, scalars)
+        weights = torch.cat([parameter.detach().flatten() for parameter in parameters.values()])
+        recorder.write(updated=step, weights=digest(weights))
 
-    Pretrainer._update = kept
+    Pretrainer._update = recorded
 
 
 class SaveWatch:
@@ -219,13 +227,12 @@ def run(options: dict[str, Any], argv: Sequence[str]) -> int:
     recorder = Recorder(Path(options["folder"]), options["start"], int(os.environ.get("RANK", "0")))
     recorder.write(pid=os.getpid())
     record_steps(recorder)
+    record_updates(recorder, options["gradients"])
     record_saves(recorder, DeathInSave(**options["death"]) if options.get("death") else None)
     if options.get("scaling"):
         scale_pixels(Scaling(**options["scaling"]), recorder.rank)
     if options.get("impatience"):
         shorten_waits(Impatience(**options["impatience"]))
-    if options.get("gradients") and recorder.rank == 0:
-        keep_gradients(recorder.folder)
     return main(argv)
 
 
