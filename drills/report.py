@@ -74,7 +74,7 @@ def headline(figures: list[dict[str, Any]]) -> list[str]:
         "most steps redone": f"{worst('most steps redone')}, of {worst('save interval in steps')} between saves",
         "seconds from resume to first step": worst("seconds from resume to first step (median)"),
         "seconds of training that a checkpoint of ViT-B costs": worst("save stall in seconds (median)"),
-        "share of the training time": worst(SHARE),
+        "share of the training time, at the rate assumed below": worst(SHARE),
         "hangs": total("hangs"),
     }
     return ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in facts.items())]

@@ -3,15 +3,17 @@
 import statistics
 from pathlib import Path
 
+import yaml
+
 from . import sets
 from .outcome import Outcome
 from .runs import Run
 
 RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "imagenet" / "mimae_vit_base_200e.yaml"
-IMAGES_PER_EPOCH = 1_281_167  # between two checkpoints, by default
-GPU_RATE = 1_500  # images per second that one recent GPU is assumed to do; eight save as seldom and train as fast each
+IMAGES_PER_EPOCH = 1_281_167
+RATE = 8 * 1_500  # images per second: what the recipe's 8 GPUs are assumed to do
 SAVES = 4
-SHARE = f"share of training time at {GPU_RATE:,} images/s, an epoch of ImageNet between two"
+SHARE = "share of the training time of mimae_vit_base_200e.yaml"
 
 
 def stall(folder: Path, preset: str = "vit-base") -> Outcome:
@@ -37,15 +39,18 @@ def stall(folder: Path, preset: str = "vit-base") -> Outcome:
     run = Run(folder / "run", flags, recipe=RECIPE).finish()
     seconds = statistics.median(line["seconds"] for line in run.lines() if "seconds" in line)
     size = sum(path.stat().st_size for path in (run.output_dir / f"checkpoint-{SAVES}").rglob("*"))
-    rate = statistics.median(run.series("images_per_second").values())
-    share, share_on_gpu = (seconds / (seconds + IMAGES_PER_EPOCH / images) for images in (rate, GPU_RATE))
+    epochs = yaml.safe_load(RECIPE.read_text())["checkpointing_epochs"]
+    between = epochs * IMAGES_PER_EPOCH / RATE
+    share = seconds / (seconds + between)
     return Outcome(
         drill=f"checkpoints of {preset}",
-        passed=share_on_gpu < 0.05,
+        passed=share < 0.02,
         figures={
             "save stall in seconds (median)": round(seconds, 1),
             "checkpoint in GB": round(size / 1e9, 2),
-            "the same at this machine's rate": f"{share:.2e}",
-            SHARE: f"{share_on_gpu:.2%}",
+            SHARE: f"{share:.1%}",
+            "that saves every so many epochs": epochs,
+            "at assumed images per second": RATE,
+            "so every so many seconds": round(between),
         },
     )
