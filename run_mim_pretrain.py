@@ -140,7 +140,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         trainer.train()
     except RunStopped as stop:
-        logger.info("stopped by %s at step %d; --resume_from_checkpoint latest goes on", stop, trainer.progress.step)
+        remedy = "; --resume_from_checkpoint latest goes on" if trainer.progress.step else ", with nothing to save"
+        logger.info("stopped by %s at step %d%s", stop, trainer.progress.step, remedy)
         return stop.exit_code
     finally:
         accelerator.end_training()

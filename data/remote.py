@@ -51,6 +51,7 @@ class RemoteFile(io.RawIOBase):
 
     def __init__(self, url: str):
         self._url, self._position = url, 0
+        # Datasets' own, though private: it knows the Hub's endpoint and token, and proxies named by the environment
         path, options = _prepare_path_and_storage_options(url, DownloadConfig(storage_options=_http_options(url)))
         self._file_system, self._path = url_to_fs(path, **options)
         self._file: BinaryIO | None = None
@@ -84,7 +85,8 @@ class RemoteFile(io.RawIOBase):
             except Exception as error:  # the errors of the several network libraries have no other base in common
                 self._file = None  # it may be broken for good
                 status = _status(error)
-                reason = f"{type(error).__name__}: {error.__cause__ or error}"
+                cause = error.__cause__ or error
+                reason = f"{type(cause).__name__}: {cause}"
                 if status in REFUSALS or (isinstance(error, FileNotFoundError) and error.__cause__ is None):
                     raise UnreadableFileError(f"{self._url} is not there or not allowed ({reason})") from error
                 if attempt == tries:

@@ -110,7 +110,7 @@ def test_arms_that_are_compared_have_equal_views_and_rates_and_differ_in_masks_a
             "per_device_train_batch_size": args.per_device_train_batch_size * num_views,
             "num_train_epochs": args.num_train_epochs * num_views,
             "warmup_epochs": args.warmup_epochs * num_views,
-            "checkpointing_epochs": args.checkpointing_epochs * num_views,
+            "checkpointing_epochs": None,  # of no matter to what is learnt
             "lr_milestone_epochs": [epoch * num_views for epoch in args.lr_milestone_epochs or []],
         }
         arms.append({**vars(data_args), **vars(args), **counted})

@@ -1,6 +1,8 @@
 """SIGTERM and SIGUSR1 ask for a checkpoint and an end; all processes answer at the same step."""
 
+import contextlib
 import signal
+from collections.abc import Iterator
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -18,11 +20,16 @@ class RunStopped(Exception):
         self.exit_code = 128 + signum
 
 
+class WaitEnded(BaseException):
+    """A stop signal came while `StopRequest.ending_waits`. No Exception, lest who tries again what fails catch it."""
+
+
 class StopRequest:
     """Remembers the first stop signal; `agreed()` tells all processes alike whether any of them got one."""
 
     def __init__(self, agreement: Agreement):
         self._signum, self._agreement = 0, agreement
+        self._ends_waits = False
 
     def __enter__(self) -> "StopRequest":
         self._previous = {s: signal.signal(s, self._remember) for s in STOP_SIGNALS}
@@ -34,6 +41,19 @@ class StopRequest:
 
     def _remember(self, signum: int, _frame) -> None:
         self._signum = self._signum or signum
+        if self._ends_waits:
+            raise WaitEnded
+
+    @contextlib.contextmanager
+    def ending_waits(self) -> Iterator[None]:
+        """Within, a stop signal, or one that has come before, ends what this process waits for. Raises: WaitEnded."""
+        self._ends_waits = True
+        try:
+            if self._signum:
+                raise WaitEnded
+            yield
+        finally:
+            self._ends_waits = False
 
     def agreed(self) -> int:
         """The signal's number if any process got one, else 0."""

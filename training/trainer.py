@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator
@@ -35,7 +35,7 @@ from .checkpoints import (
 from .metrics import OUTPUT_SCALARS, MetricLog, StepMeter
 from .optimization import WarmupSchedule, clip_gradients, parameter_names
 from .processes import Agreement
-from .signals import RunStopped, StopRequest
+from .signals import RunStopped, StopRequest, WaitEnded
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ class NonFiniteError(RuntimeError):
 
 
 class BatchError(RuntimeError):
-    """A process, this one or another, could not read the images of a step; the last whole step was saved."""
+    """A process, this one or another, has got no batch for a step; the last whole step was saved."""
 
 
 @dataclass
@@ -153,19 +153,20 @@ class Pretrainer:
         self._agreement = Agreement()
         self.model.train()
         try:
-            with StopRequest(self._agreement) as stop_request:
+            with StopRequest(self._agreement) as self._stop_request:
                 if self.progress.step == 0:
                     self.metrics.write(0, self.evaluate(0))
-                self._run_steps(batches, stop_request)
+                self._run_steps(batches)
         finally:
             self.metrics.close()
 
-    def _run_steps(self, batches: Iterator[dict[str, Any]], stop_request: StopRequest) -> None:
+    def _run_steps(self, batches: Iterator[dict[str, Any]]) -> None:
+        """To the last one; whatever all processes agree to end with before that, the last whole step is saved."""
         self._last_log = (time.perf_counter(), self.progress.step)
         try:
             while self.progress.step < self.schedule.total_steps:
                 self._step(batches)
-                self._after_step(stop_request)
+                self._after_step()
         except (RunStopped, NonFiniteError, TooManyBadImagesError, BatchError):  # by all processes at the same step
             if self.progress.step > 0:
                 self.save()
@@ -177,7 +178,7 @@ class Pretrainer:
         for micro_step in range(1, self.gradient_accumulation_steps + 1):
             try:
                 batch = self._next(batches)
-            except BatchError:
+            except (BatchError, RunStopped):
                 self._undo_forward_passes(*before)
                 raise
             self.bad_images.add(batch["bad_images"])
@@ -196,15 +197,28 @@ class Pretrainer:
         """The next batch, if every process has got its own: none may wait for another's gradient in vain."""
         batch = failure = None
         try:
-            batch = next(batches)
+            with self._stop_request.ending_waits():  # a read that fails may be tried again for minutes
+                batch = next(batches)
+        except WaitEnded:
+            pass
         except Exception as error:  # whatever it is, the other processes must know
             failure = error
-        if self._agreement.largest(int(failure is not None)):
-            step = self.progress.step
-            rest = f"; step {step} is saved, --resume_from_checkpoint latest goes on" if step else ""
-            reader = "another process" if failure is None else "this process"
-            raise BatchError(f"{reader} could not read the images of step {step + 1}{rest}") from failure
+        if self._agreement.largest(int(batch is None)):
+            if signum := self._stop_request.agreed():
+                raise RunStopped(signum)
+            self._tell_of_missing_batch(failure)
         return batch
+
+    def _tell_of_missing_batch(self, failure: Exception | None) -> NoReturn:
+        """Raises: BatchError, on all processes, with the reason where it happened."""
+        rank = self._agreement.largest(0 if failure is None else self.accelerator.process_index)
+        step = self.progress.step
+        words = f"process {rank} has no batch for step {step + 1}"
+        if failure is not None:
+            words += f": {(str(failure).strip() or repr(failure)).splitlines()[-1]}"
+        if step > 0:
+            words += f"; --resume_from_checkpoint latest goes on after step {step}"
+        raise BatchError(words) from failure
 
     def _undo_forward_passes(self, random: dict[str, torch.Tensor], buffers: dict[str, torch.Tensor]) -> None:
         """Puts back the random state and the buffers, such as the gate, that an unfinished step has changed."""
@@ -236,13 +250,13 @@ class Pretrainer:
         self.optimizer.zero_grad()
         self.meter.update(self.progress.step + 1, scalars, grad_norm, is_finite)
 
-    def _after_step(self, stop_request: StopRequest) -> None:
+    def _after_step(self) -> None:
         step = self.progress.step
         is_end = step == self.schedule.total_steps
         if step % self.intervals.logging == 0 or is_end:
             self._log()
         paused = time.perf_counter()
-        signum = 0 if is_end else stop_request.agreed()
+        signum = 0 if is_end else self._stop_request.agreed()
         if signum:
             raise RunStopped(signum)
         if step % self.intervals.checkpointing == 0 or is_end:
