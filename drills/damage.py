@@ -7,9 +7,9 @@ from pathlib import Path
 
 from mimae.training.checkpoints import CheckpointStore, verify
 
-from .kills import SAVE_INTERVAL, reference
-from .outcome import Outcome, compared
-from .runs import Comparison, Run
+from .comparing import SAVE_INTERVAL, Comparison, compare, figures_of, reference
+from .outcome import Outcome
+from .runs import Run
 
 STEPS = 5 * SAVE_INTERVAL
 
@@ -57,7 +57,7 @@ def damage_to_each_file(folder: Path) -> Outcome:
             path.write_bytes(content)
     resumed = [resumed_past(damage, whole, folder / f"damaged-{number}") for number, damage in enumerate(DAMAGES)]
     said = sum(was_said for was_said, _ in resumed)
-    figures = compared([comparison for _, comparison in resumed])
+    figures = figures_of([comparison for _, comparison in resumed])
     return Outcome(
         drill="every file of a checkpoint truncated, bit-flipped, emptied, its tail zeroed, removed, one at a time",
         passed=injected == detected and said == len(DAMAGES) == figures["runs equal"],
@@ -74,4 +74,4 @@ def resumed_past(damage: Callable[[Path], None], whole: Run, folder: Path) -> tu
     newest = damaged.output_dir / f"checkpoint-{STEPS}"
     damage(newest / "optimizer.safetensors")
     damaged.finish()
-    return f"passing over the damaged checkpoint {newest}" in damaged.log(), damaged.compared_with(whole)
+    return f"passing over the damaged checkpoint {newest}" in damaged.log(), compare(damaged, whole)

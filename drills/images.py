@@ -4,7 +4,6 @@ import io
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,9 +14,8 @@ from mimae.data.transforms import pretraining_transform
 from mimae.training.jsonl import read_jsonl
 
 from . import sets
-from .kills import killed_once, reference
-from .order import GLOBAL_BATCH_SIZE
-from .outcome import Outcome, compared
+from .comparing import GLOBAL_BATCH_SIZE, compare, figures_of, killed_once, reference
+from .outcome import Outcome
 from .runs import Run
 
 EPOCHS = 3
@@ -29,7 +27,7 @@ def uneven_shards(folder: Path, sizes: Sequence[int]) -> Outcome:
     shards = sets.write_parquet(folder / "shards", sets.encoded_digits(), sizes)
     flags = {"data_files": shards, "streaming": True, "cache_dir": folder / "cache", "num_train_epochs": EPOCHS}
     run = Run(folder / "run", {**flags, "per_device_train_batch_size": GLOBAL_BATCH_SIZE // 2}, 2).finish()
-    counts = Counter(run.samples())
+    counts = Counter(run.record.samples())
     left_out = sum(sizes) - len(counts) // EPOCHS
     reported = f"{left_out} images of each epoch, others in each, are left out" in run.log()
     return Outcome(
@@ -54,17 +52,21 @@ def bad_images(folder: Path) -> Outcome:
     strict.start()
     (code,) = strict.wait()
     named = sorted(line["index"] for line in read_jsonl(killed.output_dir / "bad_images.jsonl"))
-    met = sorted(set(bad) & {index for _, index in killed.samples()})
-    comparison = killed.compared_with(whole)
+    met = sorted(set(bad) & {index for _, index in killed.record.samples()})
+    counted = int(max(killed.series("bad_images").values()))
+    comparison = compare(killed, whole)
     return Outcome(
         drill="1 % of the images truncated, empty, HTML or a decompression bomb; 1 % with broken EXIF or a wrong name",
-        passed=named == met and comparison.equal and code == 1 and "max_bad_image_fraction" in strict.log(),
+        passed=named == met
+        and counted == len(met)
+        and comparison.equal
+        and (code == 1 and "max_bad_image_fraction" in strict.log()),
         figures={
             "bad ones met": len(met),
-            "counted": int(max(killed.series("bad_images").values())),
+            "counted": counted,
             "named, and no other": named == met,
             "exit code above the limit": code,
-            **compared([comparison]),
+            **figures_of([comparison]),
         },
     )
 
@@ -80,21 +82,14 @@ def with_bad_ones(images: Sequence[bytes]) -> tuple[list[bytes], list[int]]:
         lambda content: bomb.getvalue(),
     )
     odd_ways = (
-        lambda content: encoded(Image.open(io.BytesIO(content)), "JPEG", exif=b"Exif\0\0broken"),
-        lambda content: encoded(Image.open(io.BytesIO(content)), "GIF"),  # in a file called .png
+        lambda content: sets.encoded(Image.open(io.BytesIO(content)), "JPEG", exif=b"Exif\0\0broken"),
+        lambda content: sets.encoded(Image.open(io.BytesIO(content)), "GIF"),  # in a file called .png
     )
     changed, bad = list(images), list(range(BAD_EVERY // 2, len(images) - 1, BAD_EVERY))
     for turn, number in enumerate(bad):
         changed[number] = bad_ways[turn % len(bad_ways)](images[number])
         changed[number + 1] = odd_ways[turn % len(odd_ways)](images[number + 1])
     return changed, bad
-
-
-def encoded(image: Image.Image, file_format: str, **options: Any) -> bytes:
-    """An image file."""
-    buffer = io.BytesIO()
-    image.save(buffer, format=file_format, **options)
-    return buffer.getvalue()
 
 
 def odd_formats(folder: Path) -> Outcome:
@@ -132,19 +127,22 @@ def odd_files() -> dict[str, tuple[bytes, torch.Tensor]]:
     panorama = np.tile(np.arange(20_000) % 256, (8, 1)).astype(np.uint8)
     sixteen_bits = Image.fromarray(np.full((4, 4), 128 * 257, dtype=np.uint16))
     return {
-        "CMYK": (encoded(Image.new("CMYK", (4, 4), (0, 255, 255, 0)), "TIFF"), plain(255, 0, 0)),
-        "L": (encoded(Image.new("L", (4, 4), 100), "PNG"), plain(100, 100, 100)),
-        "P": (encoded(palette, "PNG"), plain(10, 200, 30)),
-        "LA": (encoded(Image.new("LA", (4, 4), (100, 0)), "PNG"), plain(255, 255, 255)),
-        "RGBA": (encoded(Image.new("RGBA", (4, 4), (200, 0, 0, 51)), "PNG"), plain(244, 204, 204)),
-        "16-bit grey": (encoded(sixteen_bits, "PNG"), plain(128, 128, 128)),
+        "CMYK": (sets.encoded(Image.new("CMYK", (4, 4), (0, 255, 255, 0)), "TIFF"), plain(255, 0, 0)),
+        "L": (sets.encoded(Image.new("L", (4, 4), 100), "PNG"), plain(100, 100, 100)),
+        "P": (sets.encoded(palette, "PNG"), plain(10, 200, 30)),
+        "LA": (sets.encoded(Image.new("LA", (4, 4), (100, 0)), "PNG"), plain(255, 255, 255)),
+        "RGBA": (sets.encoded(Image.new("RGBA", (4, 4), (200, 0, 0, 51)), "PNG"), plain(244, 204, 204)),
+        "16-bit grey": (sets.encoded(sixteen_bits, "PNG"), plain(128, 128, 128)),
         "EXIF rotation": (
-            encoded(Image.fromarray(upright), "PNG", exif=turned),
+            sets.encoded(Image.fromarray(upright), "PNG", exif=turned),
             torch.from_numpy(np.rot90(upright, k=-1).copy()).permute(2, 0, 1),
         ),
-        "GIF": (encoded(frames[0], "GIF", save_all=True, append_images=frames[1:]), plain(255, 0, 0)),
-        "1 x 1": (encoded(Image.new("RGB", (1, 1), (1, 2, 3)), "PNG"), plain(1, 2, 3, size=1)),
-        "20,000 px wide": (encoded(Image.fromarray(panorama), "PNG"), torch.from_numpy(panorama).expand(3, -1, -1)),
+        "GIF": (sets.encoded(frames[0], "GIF", save_all=True, append_images=frames[1:]), plain(255, 0, 0)),
+        "1 x 1": (sets.encoded(Image.new("RGB", (1, 1), (1, 2, 3)), "PNG"), plain(1, 2, 3, size=1)),
+        "20,000 px wide": (
+            sets.encoded(Image.fromarray(panorama), "PNG"),
+            torch.from_numpy(panorama).expand(3, -1, -1),
+        ),
     }
 
 

@@ -1,6 +1,7 @@
 """Streaming from a server that fails: now and then, and for good."""
 
 import random
+import signal
 import socket
 import struct
 import time
@@ -14,8 +15,8 @@ from threading import Thread
 from typing import Any
 
 from . import sets
-from .kills import most_redone, reference
-from .outcome import Outcome, compared
+from .comparing import GLOBAL_BATCH_SIZE, compare, figures_of, reference
+from .outcome import Outcome
 from .recording import Impatience
 from .runs import Run
 
@@ -144,11 +145,11 @@ def faults(folder: Path, fault_rate: float = 0.25) -> Outcome:
         run.wait_for_passes(1)
         server.fault_rate = fault_rate  # 🤗 Datasets, which looks the files up at the start, gives up at once
         codes = run.wait()
-    comparison = run.compared_with(whole)
+    comparison = compare(run, whole)
     return Outcome(
         drill="streaming over HTTP from a server that resets, cuts, stalls, says 429, 500 and 503",
         passed=codes == [0] and comparison.equal and set(server.faults) == set(FAULTS),
-        figures={"faults": server.faults.total(), "kinds": len(server.faults), **compared([comparison])},
+        figures={"faults": server.faults.total(), "kinds": len(server.faults), **figures_of([comparison])},
     )
 
 
@@ -165,16 +166,45 @@ def outage(folder: Path, num_processes: int) -> Outcome:
         seconds = time.monotonic() - began
         server.is_out = False
         run.finish(impatience=IMPATIENCE)
-    comparison, redone = run.compared_with(whole), most_redone(run)
+    comparison, redone = compare(run, whole), run.record.most_redone()
     return Outcome(
-        drill=f"the HTTP server gone for good, {num_processes} process(es)",
+        drill=f"the HTTP server gone for good, processes: {num_processes}",
         passed=codes == [1] * num_processes and redone == 0 and comparison.equal,
         figures={
             "exit codes": codes,
             "seconds to the end": round(seconds, 1),
             "bound in seconds": BOUND,
             "steps lost": redone,
-            **compared([comparison]),
+            **figures_of([comparison]),
+        },
+    )
+
+
+def stop_in_an_outage(folder: Path) -> Outcome:
+    """SIGTERM while a server that is gone is asked again and again, with the waits of a run in earnest."""
+    whole, shards = local_run(folder)
+    with serving(shards) as server:
+        flags = {**whole.flags, **shard_flags(shards, server), "cache_dir": folder / "other-cache"}
+        run = Run(folder / "over-http", flags)
+        run.start()
+        run.wait_for_passes(STEPS // 3)
+        server.is_out = True
+        run.wait_for(lambda: "could not be read, try 1" in run.log() or not run.is_alive())
+        run.send(signal.SIGTERM)
+        asked = time.monotonic()
+        codes = run.wait()
+        seconds = time.monotonic() - asked
+        server.is_out = False
+        run.finish()
+    comparison, redone = compare(run, whole), run.record.most_redone()
+    return Outcome(
+        drill="SIGTERM while the HTTP server is gone",
+        passed=codes == [128 + signal.SIGTERM] and redone == 0 and comparison.equal,
+        figures={
+            "exit code": codes[0],
+            "seconds to the end": round(seconds, 1),
+            "steps lost": redone,
+            **figures_of([comparison]),
         },
     )
 
@@ -183,5 +213,5 @@ def local_run(folder: Path, num_processes: int = 1) -> tuple[Run, Path]:
     """The run that reads the same shards from the disk, and where they lie."""
     pattern = sets.write_parquet(folder / "shards", sets.encoded_digits(), SIZES)
     flags = {"data_files": pattern, "streaming": True, "shuffle_window": sets.WINDOW, "cache_dir": folder / "cache"}
-    flags |= {"per_device_train_batch_size": 64 // num_processes, "dataloader_num_workers": 1}
+    flags |= {"per_device_train_batch_size": GLOBAL_BATCH_SIZE // num_processes, "dataloader_num_workers": 1}
     return reference(folder / "whole", STEPS, num_processes, **flags), folder / "shards"

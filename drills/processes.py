@@ -8,11 +8,19 @@ import time
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 
-from .kills import SAVE_INTERVAL, killed_once, reference
-from .order import GLOBAL_BATCH_SIZE, TOLERANCE, largest_difference
-from .outcome import Outcome, compared
+from .comparing import (
+    GLOBAL_BATCH_SIZE,
+    SAVE_INTERVAL,
+    compare,
+    figures_of,
+    gradient_difference,
+    killed_once,
+    largest_difference,
+    reference,
+)
+from .order import TOLERANCE
+from .outcome import Outcome
 from .recording import Scaling
 from .runs import Run
 
@@ -34,7 +42,7 @@ def one_of_two_killed(folder: Path) -> Outcome:
     died = time.monotonic()
     killed.wait(BOUND)
     seconds, orphans = time.monotonic() - died, killed.orphans()
-    comparison = killed.finish().compared_with(whole)
+    comparison = compare(killed.finish(), whole)
     return Outcome(
         drill="one of two processes killed",
         passed=not orphans and comparison.equal,
@@ -42,7 +50,7 @@ def one_of_two_killed(folder: Path) -> Outcome:
             "seconds to the other's end": round(seconds, 1),
             "bound in seconds": BOUND,
             "orphans": len(orphans),
-            **compared([comparison]),
+            **figures_of([comparison]),
         },
     )
 
@@ -55,8 +63,10 @@ def not_a_number_on_one(folder: Path) -> Outcome:
         runs.append(run.finish(scaling=Scaling(factor, first_image=HALF, steps=(7, 8))))
     finite = all(tensor.isfinite().all() for run in runs for tensor in run.weights().values())
     skipped = [int(max(run.series("skipped_steps").values())) for run in runs]
-    same = all(weights_by_step(run, 0) == weights_by_step(run, 1) for run in runs)
-    kept = all(weights_by_step(run, 1)[step] == weights_by_step(run, 1)[6] for run in runs for step in (7, 8))
+    same = all(run.record.weights_by_step(0) == run.record.weights_by_step(1) for run in runs)
+    kept = all(
+        run.record.weights_by_step(1)[step] == run.record.weights_by_step(1)[6] for run in runs for step in (7, 8)
+    )
     return Outcome(
         drill="NaN, and Inf, on one of two processes in steps 7 and 8",
         passed=skipped == [2, 2] and finite and same and kept,
@@ -69,11 +79,6 @@ def not_a_number_on_one(folder: Path) -> Outcome:
     )
 
 
-def weights_by_step(run: Run, rank: int) -> dict[int, str]:
-    """Digests of a process's weights."""
-    return {line["updated"]: line["weights"] for line in run.lines(rank) if "updated" in line}
-
-
 def losses_on_two_sides_of_the_gate(folder: Path) -> Outcome:
     """Gives the second of two processes images of more contrast, so that its L_rec stays above the gate for longer."""
     options = {"scaling": Scaling(3.0, first_image=HALF)}
@@ -81,7 +86,7 @@ def losses_on_two_sides_of_the_gate(folder: Path) -> Outcome:
     alone = Run(folder / "one", flags).finish(gradients=True, **options)
     two = Run(folder / "two", {**flags, "per_device_train_batch_size": HALF}, num_processes=2)
     two.finish(gradients=True, **options)
-    losses = [{line["step"]: line["reconstruction_loss"] for line in two.passes(rank)} for rank in (0, 1)]
+    losses = [{line["step"]: line["reconstruction_loss"] for line in two.record.passes(rank)} for rank in (0, 1)]
     straddling = sum(losses[0][step] < flags["mi_gate_threshold"] < losses[1][step] for step in losses[0])
     opened = [next((step for step, open in run.series("mi_active").items() if open), None) for run in (alone, two)]
     same_gate = opened[0] == opened[1] and None not in opened
@@ -114,7 +119,7 @@ def gradients(folder: Path, world_sizes: tuple[int, ...], accumulations: tuple[i
             for number in (1, *world_sizes)
         )
         for other in others:
-            name = f"{other.num_processes} processes, accumulation {accumulation}"
+            name = f"processes: {other.num_processes}, accumulation: {accumulation}"
             differences[name] = gradient_difference(alone, other, step=1)
     return Outcome(
         drill="the first gradient of several processes against that of one, information terms on",
@@ -124,17 +129,6 @@ def gradients(folder: Path, world_sizes: tuple[int, ...], accumulations: tuple[i
             "relative difference": {name: f"{value:.1e}" for name, value in differences.items()},
         },
     )
-
-
-def gradient_difference(one: Run, other: Run, step: int) -> float:
-    """Of a step's gradient on the last process, relative to its norm: the largest over the model's tensors."""
-    mine, theirs = (
-        load_file(run.records / f"gradient-{run.num_processes - 1}-{step}.safetensors") for run in (one, other)
-    )
-    if mine.keys() != theirs.keys():
-        return math.inf
-    whole = torch.cat([tensor.flatten() for tensor in mine.values()]).norm()
-    return max(((mine[name] - theirs[name]).norm() / whole).item() for name in mine)
 
 
 def two_runs_in_one_folder(folder: Path) -> Outcome:
@@ -149,10 +143,10 @@ def two_runs_in_one_folder(folder: Path) -> Outcome:
     seconds = time.monotonic() - began
     named = f"pid {first.processes[0].pid}" in second.log()
     first.kill()
-    passes = first.num_passes()
+    passes = first.record.num_passes()
     second.start()
     second.wait_for_passes(passes + 1)
-    taken_over = second.is_alive() and second.num_passes() > passes
+    taken_over = second.is_alive() and second.record.num_passes() > passes
     second.kill()
     return Outcome(
         drill="two runs in one folder",
@@ -169,14 +163,14 @@ def in_bfloat16(folder: Path) -> Outcome:
     """A run under autocast, killed and resumed."""
     whole = reference(folder / "whole", STEPS, mixed_precision="bf16")
     killed = killed_once(folder / "killed", whole, after=2 * SAVE_INTERVAL + 1)
-    comparison = killed.compared_with(whole)
+    comparison = compare(killed, whole)
     in_float32 = all(
         tensor.dtype == torch.float32 for tensor in killed.weights().values() if tensor.is_floating_point()
     )
     return Outcome(
         drill="bf16 on a CPU, killed and resumed",
         passed=comparison.equal and in_float32,
-        figures={"weights in float32": in_float32, **compared([comparison])},
+        figures={"weights in float32": in_float32, **figures_of([comparison])},
     )
 
 

@@ -1,7 +1,8 @@
 """The page of all drills, from the outcomes that were kept."""
 
 import json
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ from .outcome import Outcome
 from .saving import SHARE
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
-OUTCOMES, REPORT = DOCS / "reliability.json", DOCS / "reliability.md"
+OUTCOMES, PAGE = DOCS / "reliability.json", DOCS / "reliability.md"
+NOT_MEASURED = "not measured"
 HEAD = """# Reliability
 
 What `make drills` did to real runs of `run_mim_pretrain.py`, and what came of it. The program writes this page;
@@ -25,59 +27,90 @@ to (CPU, one thread, float32, the same number of processes; the model is that of
 Row = dict[str, Any]
 
 
-def keep(name: str, outcomes: Iterable[Outcome], seconds: float) -> None:
-    """Puts what came of a drill in the place of what came of it before, and writes the page anew."""
-    kept = json.loads(OUTCOMES.read_text()) if OUTCOMES.exists() else {}
-    facts = {"date": date.today().isoformat(), "commit": source_commit(), "seconds": round(seconds)}
-    kept[name] = [{**vars(outcome), **facts} for outcome in outcomes]
-    OUTCOMES.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
-    REPORT.write_text(page(kept), encoding="utf-8")
+class Report:
+    """Keeps what came of drills in a file, and writes the page anew each time.
+
+    Args:
+        order: the names of all drills, as they stand on the page.
+        jobs: how many drills share the machine.
+    """
+
+    def __init__(self, order: Sequence[str], jobs: int, *, outcomes: Path = OUTCOMES, page: Path = PAGE):
+        self._order, self._outcomes, self._page = order, outcomes, page
+        self._facts = {
+            "date": date.today().isoformat(),
+            "commit": source_commit() or "unknown",
+            "versions": ", ".join(f"{package} {version}" for package, version in package_versions().items()),
+            "drills at a time": jobs,
+        }
+        self.has_failed = False
+
+    def keep(self, name: str, outcome: Outcome, seconds: float) -> None:
+        """Puts what came of a drill in the place of what came of it before."""
+        self.has_failed |= not (outcome.passed or outcome.skipped)
+        kept = json.loads(self._outcomes.read_text()) if self._outcomes.exists() else {}
+        kept[name] = {**vars(outcome), **self._facts, "seconds": round(seconds)}
+        kept = {each: kept[each] for each in self._order if each in kept}
+        self._outcomes.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+        self._page.write_text(page_of(kept, len(self._order)), encoding="utf-8")
 
 
-def page(kept: dict[str, list[Row]]) -> str:
+def page_of(rows: dict[str, Row], num_drills: int) -> str:
     """All of it, as Markdown."""
-    rows = [(name, row) for name, rows in kept.items() for row in rows]
-    lines = [HEAD, *headline([row["figures"] for _, row in rows]), "", "## Each drill", ""]
-    lines += ["| drill | passed | figures | commit |", "|---|---|---|---|"]
-    lines += [
-        f"| `{name}`: {row['drill']} | {verdict(row)} | {words(row)} | {row['commit'][:7]} |" for name, row in rows
-    ]
-    for _, row in rows:
-        lines += [line for title, table in tables(row) for line in table_lines(row["drill"], title, table)]
-    versions = ", ".join(f"{package} {version}" for package, version in package_versions().items())
-    newest = max(row["date"] for _, row in rows)
-    lines += ["", f"Last written on {newest} with {versions}."]
-    return "\n".join(lines) + "\n"
+    lines = [HEAD, *headline(list(rows.values()), num_drills), "", "## Each drill", ""]
+    lines += ["| drill | passed | figures |", "|---|---|---|"]
+    lines += [f"| `{name}`: {cell(row['drill'])} | {verdict(row)} | {words(row)} |" for name, row in rows.items()]
+    for row in rows.values():
+        for title, table in tables(row):
+            lines += ["", f"### {row['drill'][0].upper()}{row['drill'][1:]}", "", f"| | {title} |", "|---|---|"]
+            lines += [f"| {cell(name)} | {cell(value)} |" for name, value in table.items()]
+    return "\n".join([*lines, "", "## Where and when", "", *circumstances(rows)]) + "\n"
 
 
-def headline(figures: list[dict[str, Any]]) -> list[str]:
+def headline(rows: list[Row], num_drills: int) -> list[str]:
     """The figures that are added up over all drills, or of which the worst counts."""
+    verdicts = Counter(verdict(row) for row in rows)
 
     def all_of(name: str) -> list[Any]:
-        return [each[name] for each in figures if name in each]
+        return [row["figures"][name] for row in rows if name in row["figures"]]
 
-    def total(name: str) -> int:
-        return sum(all_of(name))
+    def total(*names: str) -> str:
+        sums = [sum(all_of(name)) if all_of(name) else NOT_MEASURED for name in names]
+        return " / ".join(map(str, sums))
 
-    def worst(name: str) -> float | int | str:
-        return max(all_of(name), default="not measured")
+    def worst(name: str) -> Any:
+        return max(all_of(name), default=NOT_MEASURED)
 
     orders = {value for table in all_of("order hash") for value in table.values()}
     combinations = sum(len(table) for table in all_of("order hash"))
     facts = {
-        "kills run / recovered": f"{total('kills')} / {total('recovered')}",
+        "drills passed / failed / skipped, of": f"{verdicts['yes']} / {verdicts['**no**']} / {verdicts['skipped']},"
+        f" of {num_drills}",
+        "kills run / recovered": total("kills", "recovered"),
         "checkpoints lost": total("checkpoints lost"),
-        "corruptions injected / detected": f"{total('corruptions injected')} / {total('corruptions detected')}",
-        "samples lost / repeated": f"{total('samples lost')} / {total('samples repeated')}",
-        "different orders of samples": f"{len(orders)}, in {combinations} combinations of processes and workers",
-        "samples and final weights bitwise equal": f"{total('runs equal')} of {total('runs compared')} runs",
-        "most steps redone": f"{worst('most steps redone')}, of {worst('save interval in steps')} between saves",
-        "seconds from resume to first step": worst("seconds from resume to first step (median)"),
+        "corruptions injected / detected": total("corruptions injected", "corruptions detected"),
+        "samples lost / repeated": total("samples lost", "samples repeated"),
+        "different orders of samples, in combinations of processes and workers": f"{len(orders)}, in {combinations}",
+        "runs compared / bitwise equal in samples and final weights": total("runs compared", "runs equal"),
+        "most steps redone, of steps between saves": f"{worst('most steps redone')}, of {worst('steps between saves')}",
+        "seconds from resume to first step, imports included": worst("seconds from resume to first step (median)"),
         "seconds of training that a checkpoint of ViT-B costs": worst("save stall in seconds (median)"),
         "share of the training time, at the rate assumed below": worst(SHARE),
-        "hangs": total("hangs"),
+        "hangs": sum(all_of("hangs")),
     }
     return ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in facts.items())]
+
+
+def circumstances(rows: dict[str, Row]) -> list[str]:
+    """Date, commit, versions and load of each drill, those of the same together."""
+    together: dict[tuple[Any, ...], list[str]] = {}
+    for name, row in rows.items():
+        facts = (row["date"], row["commit"], row["versions"], row["drills at a time"])
+        together.setdefault(facts, []).append(name)
+    return [
+        f"- {day}, commit {commit[:7]}{commit[40:]}, {versions}, {jobs} drill(s) at a time: {', '.join(names)}."
+        for (day, commit, versions, jobs), names in together.items()
+    ]
 
 
 def verdict(row: Row) -> str:
@@ -89,8 +122,8 @@ def verdict(row: Row) -> str:
 
 def words(row: Row) -> str:
     """The figures that are not tables, or why there are none."""
-    simple = [(name, value) for name, value in row["figures"].items() if not isinstance(value, dict)]
-    return row["skipped"] or "; ".join(f"{name}: {value}" for name, value in simple)
+    simple = [f"{name}: {cell(value)}" for name, value in row["figures"].items() if not isinstance(value, dict)]
+    return cell(row["skipped"] or "; ".join(simple))
 
 
 def tables(row: Row) -> list[tuple[str, dict[str, Any]]]:
@@ -98,7 +131,8 @@ def tables(row: Row) -> list[tuple[str, dict[str, Any]]]:
     return [(name, value) for name, value in row["figures"].items() if isinstance(value, dict)]
 
 
-def table_lines(drill: str, title: str, table: dict[str, Any]) -> list[str]:
-    """One of them."""
-    head = ["", f"### {drill[0].upper()}{drill[1:]}", "", f"| | {title} |", "|---|---|"]
-    return head + [f"| {name} | {value} |" for name, value in table.items()]
+def cell(value: Any) -> str:
+    """As it may stand in a table."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return " ".join(str(value).split()).replace("|", "\\|")

@@ -1,52 +1,36 @@
-"""Runs of the pre-training script in processes of their own, and what their records say."""
+"""Runs of the pre-training script in processes of their own."""
 
-import hashlib
+import contextlib
 import json
 import os
 import signal
 import socket
+import threading
 import time
-from collections import Counter
 from collections.abc import Callable
-from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import psutil
 import torch
 from safetensors.torch import load_file
 
+from mimae.training.checkpoints import verify
+
 from .launching import Launch, Process, launched
 from .recording import DeathInSave, Impatience, Scaling
+from .records import Record
 
 RECIPE = Path(__file__).with_name("tiny.yaml")
-MOST_PROCESSES = 4
 PATIENCE = 300.0  # seconds that any single wait may take before it counts as a hang
 GRACE = 10.0  # seconds in which workers notice that the process they work for is gone
+
+_runs: list["Run"] = []
+_no_more = threading.Event()
 
 
 class HangError(RuntimeError):
     """A run did not do in time what it was waited for."""
-
-
-class Comparison(NamedTuple):
-    """A run beside the one that nothing happened to.
-
-    Args:
-        lost, repeated: samples of an epoch that counted less often, or more often.
-        same_order: whether every step saw the same samples, crops and noise.
-        same_weights: whether the final weights are the same bits.
-    """
-
-    lost: int
-    repeated: int
-    same_order: bool
-    same_weights: bool
-
-    @property
-    def equal(self) -> bool:
-        """Whether nothing tells them apart."""
-        return self.same_order and self.same_weights
 
 
 class Run:
@@ -63,7 +47,7 @@ class Run:
 
     def __init__(self, folder: Path, flags: dict[str, Any], num_processes: int = 1, recipe: Path = RECIPE):
         self.folder, self.flags, self.num_processes, self.recipe = folder, flags, num_processes, recipe
-        self.output_dir, self.records = folder / "out", folder / "records"
+        self.output_dir, self.record = folder / "out", Record(folder / "records")
         self.processes: list[Process] = []
         self.started: list[float] = []  # the time of each start
         folder.mkdir(parents=True, exist_ok=True)
@@ -82,21 +66,24 @@ class Run:
         Args:
             death, scaling, impatience, gradients: see `recording`.
             flags: on top of the run's.
+
+        Raises:
+            RuntimeError: after `end_runs` of all.
         """
-        options = {"folder": str(self.records), "start": len(self.started), "gradients": gradients}
+        if _no_more.is_set():
+            raise RuntimeError("no run is started any more")
+        options = {"folder": str(self.record.folder), "start": len(self.started), "gradients": gradients}
         options |= {"death": death and death._asdict(), "scaling": scaling and scaling._asdict()}
         options |= {"impatience": impatience and impatience._asdict()}
         argv = ["--config", str(self.recipe), "--output_dir", str(self.output_dir), *_as_argv(self.flags | flags)]
-        if any(self.output_dir.glob("checkpoint-*")):
-            argv += ["--resume_from_checkpoint", "latest"]
-        else:
-            argv += ["--overwrite_output_dir"]
+        argv += ["--resume_from_checkpoint", "latest"] if self.checkpoints() else ["--overwrite_output_dir"]
         self.started.append(time.time())
         port = _free_port()
         self.processes = [
             self.launch(options, argv, self._environment(rank, port), self.folder / "log.txt")
             for rank in range(self.num_processes)
         ]
+        _runs.append(self)
 
     def _environment(self, rank: int, port: int) -> dict[str, str]:
         """What `accelerate launch` and `torchrun` tell each process."""
@@ -107,16 +94,20 @@ class Run:
         sizes = {"WORLD_SIZE": str(self.num_processes), "LOCAL_WORLD_SIZE": str(self.num_processes)}
         return {**common, **ranks, **sizes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 
-    def signal(self, signum: int) -> None:
+    def send(self, signum: int) -> None:
         """Sends a signal to all processes, with their workers."""
         for process in self.processes:
             if process.poll() is None:
-                os.killpg(process.pid, signum)
+                with contextlib.suppress(ProcessLookupError):  # it has just ended, or has no group of its own yet
+                    os.killpg(process.pid, signum)
 
     def kill(self) -> list[int]:
-        """`kill -9`; returns the exit codes."""
-        self.signal(signal.SIGKILL)
-        return self.wait()
+        """`kill -9`, until they are gone; returns the exit codes."""
+        deadline = time.monotonic() + PATIENCE
+        while self.is_alive() and time.monotonic() < deadline:
+            self.send(signal.SIGKILL)
+            time.sleep(0.002)
+        return [process.poll() for process in self.processes]
 
     def wait(self, seconds: float = PATIENCE) -> list[int]:
         """The exit codes. Raises: HangError."""
@@ -135,13 +126,13 @@ class Run:
         deadline = time.monotonic() + seconds
         while not condition():
             if time.monotonic() > deadline:
-                self.signal(signal.SIGKILL)
+                self.kill()
                 raise HangError(f"{self.folder} did not come on in {seconds:.0f} s:\n{self.log()[-4000:]}")
             time.sleep(0.002)
 
     def wait_for_passes(self, number: int) -> None:
         """Waits until the main process has done so many forward passes, over all starts, or the run has ended."""
-        self.wait_for(lambda: self.num_passes() >= number or not self.is_alive())
+        self.wait_for(lambda: self.record.num_passes() >= number or not self.is_alive())
 
     def wait_a_while(self, seconds: float) -> None:
         """Lets it run on, for so long or to its end."""
@@ -159,11 +150,9 @@ class Run:
     def _alive_in_sessions(self) -> list[int]:
         sessions, alive = {process.pid for process in self.processes}, []
         for process in psutil.process_iter(["status"]):
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 if os.getsid(process.pid) in sessions and process.info["status"] != psutil.STATUS_ZOMBIE:
                     alive.append(process.pid)
-            except ProcessLookupError:
-                continue
         return alive
 
     def is_alive(self) -> bool:
@@ -172,46 +161,16 @@ class Run:
 
     def log(self) -> str:
         """What it has printed, over all starts."""
-        return (self.folder / "log.txt").read_text(errors="replace")
+        path = self.folder / "log.txt"
+        return path.read_text(errors="replace") if path.exists() else ""
 
-    def lines(self, rank: int = 0) -> list[dict[str, Any]]:
-        """The record of one process, over all starts. A last line that is cut off is left out."""
-        path = self.records / f"{rank}.jsonl"
-        content = path.read_text() if path.exists() else ""
-        return [json.loads(line) for line in content.splitlines(keepends=True) if line.endswith("\n")]
+    def checkpoints(self) -> list[Path]:
+        """All that have a checkpoint's name."""
+        return list(self.output_dir.glob("checkpoint-*"))
 
-    def num_passes(self, rank: int = 0) -> int:
-        """How many forward passes it has done."""
-        path = self.records / f"{rank}.jsonl"
-        return path.read_bytes().count(b'"step"') if path.exists() else 0
-
-    def passes(self, rank: int = 0) -> list[dict[str, Any]]:
-        """Its forward passes."""
-        return [line for line in self.lines(rank) if "step" in line]
-
-    def seen(self) -> dict[int, list[list[Any]]]:
-        """What counts of each step: epoch, index, noise and crop of its images in global order, pass by pass.
-
-        As they were seen the last time, and whatever the number of processes: images of a forward pass follow one
-        another by rank.
-        """
-        newest: dict[int, int] = {}  # step -> the last start that did it
-        lines = [(rank, line) for rank in range(MOST_PROCESSES) for line in self.passes(rank)]
-        for _, line in lines:
-            newest[line["step"]] = max(line["start"], newest.get(line["step"], 0))
-        passes: dict[int, dict[int, list[Any]]] = {step: {} for step in sorted(newest)}
-        for rank, line in lines:
-            if line["start"] == newest[line["step"]]:
-                passes[line["step"]].setdefault(rank, []).append(line)
-        return {step: _in_global_order(list(of_step.values())) for step, of_step in passes.items()}
-
-    def samples(self) -> list[tuple[int, int]]:
-        """Epoch and index of all images, in the order in which they counted."""
-        return [image[:2] for passes in self.seen().values() for images in passes for image in images]
-
-    def order_hash(self) -> str:
-        """Of that order."""
-        return hashlib.sha256(json.dumps(self.samples()).encode()).hexdigest()[:12]
+    def valid_checkpoints(self) -> list[Path]:
+        """Those of which every byte is as it was written."""
+        return [folder for folder in self.checkpoints() if not verify(folder)]
 
     def series(self, name: str) -> dict[int, float]:
         """A metric by step, as it stands in the run's folder."""
@@ -222,28 +181,19 @@ class Run:
         """The final model's."""
         return load_file(self.output_dir / "model.safetensors")
 
-    @cached_property
-    def result(self) -> tuple[Counter, dict[int, Any], dict[str, torch.Tensor]]:
-        """Of a finished run: its samples, counted; what its steps saw; its weights."""
-        return Counter(self.samples()), self.seen(), self.weights()
-
-    def compared_with(self, whole: "Run") -> Comparison:
-        """Both must be finished."""
-        (mine, my_steps, my_weights), (theirs, their_steps, their_weights) = self.result, whole.result
-        same_weights = my_weights.keys() == their_weights.keys() and all(
-            torch.equal(my_weights[name], their_weights[name]) for name in my_weights
-        )
-        return Comparison((theirs - mine).total(), (mine - theirs).total(), my_steps == their_steps, same_weights)
+    def gradient(self, step: int) -> dict[str, torch.Tensor]:
+        """Of a step, on the last process; it must have been started with `gradients`."""
+        return load_file(self.record.folder / f"gradient-{self.num_processes - 1}-{step}.safetensors")
 
 
-def _in_global_order(lines_by_rank: list[list[dict[str, Any]]]) -> list[list[Any]]:
-    """The images of each forward pass, those of the first rank first."""
-    return [[image for line in lines for image in _images(line)] for lines in zip(*lines_by_rank, strict=True)]
-
-
-def _images(line: dict[str, Any]) -> list[tuple[int, int, str, str]]:
-    each = zip(line["index"], line["noise"], line["pixels"], strict=True)
-    return [(line["epoch"], *image) for image in each]
+def end_runs(folder: Path | None = None) -> None:
+    """Kills what is alive of the runs under a folder; without one all, and none is started any more."""
+    if folder is None:
+        _no_more.set()
+    for run in list(_runs):
+        if folder is None or run.folder.is_relative_to(folder):
+            run.kill()
+            _runs.remove(run)
 
 
 def _as_argv(flags: dict[str, Any]) -> list[str]:

@@ -37,7 +37,7 @@ def stall(folder: Path, preset: str = "vit-base") -> Outcome:
         "cpu_threads": 1,
     }
     run = Run(folder / "run", flags, recipe=RECIPE).finish()
-    seconds = statistics.median(line["seconds"] for line in run.lines() if "seconds" in line)
+    seconds = statistics.median(line["seconds"] for line in run.record.lines() if "seconds" in line)
     size = sum(path.stat().st_size for path in (run.output_dir / f"checkpoint-{SAVES}").rglob("*"))
     epochs = yaml.safe_load(RECIPE.read_text())["checkpointing_epochs"]
     between = epochs * IMAGES_PER_EPOCH / RATE

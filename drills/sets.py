@@ -32,13 +32,14 @@ def flags_of(kind: str, folder: Path) -> dict[str, Any]:
 
 def encoded_digits() -> list[bytes]:
     """PNGs of 8 x 8 grey pixels."""
-    return [png(np.round(image * 255 / 16).astype(np.uint8)) for image in load_digits().images[:NUM_IMAGES]]
+    pixels = np.round(load_digits().images[:NUM_IMAGES] * 255 / 16).astype(np.uint8)
+    return [encoded(Image.fromarray(image), "PNG") for image in pixels]
 
 
-def png(pixels: np.ndarray) -> bytes:
-    """An image file of them."""
+def encoded(image: Image.Image, file_format: str, **options: Any) -> bytes:
+    """An image file."""
     buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, format="PNG")
+    image.save(buffer, format=file_format, **options)
     return buffer.getvalue()
 
 

@@ -8,12 +8,12 @@ from pathlib import Path
 from mimae.training.checkpoints import seal
 
 from . import sets
-from .kills import SAVE_INTERVAL, reference, valid_checkpoints
-from .outcome import Outcome, compared
+from .comparing import SAVE_INTERVAL, compare, figures_of, reference
+from .outcome import Outcome
 from .runs import Run
 
 STEPS = 6 * SAVE_INTERVAL
-CHECKPOINTS_THAT_FIT = 2.5
+CHECKPOINTS_THAT_FIT = 2.5  # so that the third does not
 
 
 def full_disk(folder: Path) -> Outcome:
@@ -26,17 +26,18 @@ def full_disk(folder: Path) -> Outcome:
     filled.output_dir.mkdir()
     try:
         mount(filled.output_dir, int(CHECKPOINTS_THAT_FIT * size))
-    except subprocess.CalledProcessError as error:
-        return Outcome(drill, passed=False, skipped=f"no file system can be mounted here: {error.stderr.strip()}")
+    except (FileNotFoundError, subprocess.CalledProcessError) as error:
+        reason = (getattr(error, "stderr", None) or str(error)).splitlines()[0]
+        return Outcome(drill, passed=False, skipped=f"no file system can be mounted here: {reason}")
     try:
         filled.start()
         (code,) = filled.wait()
         said = (
             f"could not write {filled.output_dir / 'checkpoint-'}" in filled.log() and "No space left" in filled.log()
         )
-        valid, partial = valid_checkpoints(filled), list(filled.output_dir.glob(".*.partial"))
+        valid, partial = filled.valid_checkpoints(), list(filled.output_dir.glob(".*.partial"))
         mount(filled.output_dir, 10 * size, "remount")
-        comparison = filled.finish().compared_with(whole)
+        comparison = compare(filled.finish(), whole)
     finally:
         subprocess.run(["umount", "--lazy", filled.output_dir], check=True)
     return Outcome(
@@ -47,13 +48,13 @@ def full_disk(folder: Path) -> Outcome:
             "said so": said,
             "older checkpoints valid": len(valid),
             "partial ones left": len(partial),
-            **compared([comparison]),
+            **figures_of([comparison]),
         },
     )
 
 
 def mount(folder: Path, size: int, *options: str) -> None:
-    """A file system of `size` bytes in memory. Raises: CalledProcessError where that is not allowed."""
+    """A file system of `size` bytes in memory. Raises: CalledProcessError, FileNotFoundError."""
     command = ["mount", "-t", "tmpfs", "-o", ",".join([*options, f"size={size}"]), "mimae-drill", folder]
     subprocess.run(command, check=True, capture_output=True, text=True)
 

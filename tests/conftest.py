@@ -8,7 +8,7 @@ import torch
 
 import mimae
 from mimae.drills.launching import Forked
-from mimae.drills.runs import Run
+from mimae.drills.runs import Run, end_runs
 
 sys.path.append(str(Path(__file__).parent))  # for `import references`, under --import-mode=importlib
 
@@ -23,9 +23,11 @@ def pytest_sessionstart():
 
 
 @pytest.fixture
-def forked_runs(monkeypatch):
+def forked_runs(monkeypatch, tmp_path):
     """Runs of drills get their processes from a server that has imported everything: seconds sooner, the same else."""
     monkeypatch.setattr(Run, "launch", staticmethod(Forked))
+    yield
+    end_runs(tmp_path)
 
 
 @pytest.fixture(autouse=True)

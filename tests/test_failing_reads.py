@@ -17,6 +17,7 @@ from mimae.data import remote
 from mimae.data.order import SampleOrder
 from mimae.data.remote import UnreadableFileError, open_shard
 from mimae.data.sources import open_image_source
+from mimae.drills.comparing import compare
 from mimae.drills.recording import Impatience
 from mimae.drills.runs import Run
 from mimae.tests.data_helpers import RangeHandler, serve_folder, shards, write_parquet, write_tars
@@ -320,5 +321,5 @@ def test_where_one_of_two_processes_cannot_read_both_end_and_resumed_equal_two_w
 
     handler.served.clear()
     whole = Run(tmp_path / "whole", settings_of_two, num_processes=2)
-    assert parts.finish(impatience=impatience).compared_with(whole.finish(impatience=impatience)).equal
+    assert compare(parts.finish(impatience=impatience), whole.finish(impatience=impatience)).equal
     assert "world size 2" in parts.log()

@@ -1,0 +1,54 @@
+"""Every drill, in full or in small."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from . import damage, images, kills, network, order, processes, saving, sets, shuffling, storage
+from .outcome import Outcome
+
+Drill = Callable[[Path], Outcome]
+
+
+def drills(quick: bool = False) -> dict[str, Drill]:
+    """By name.
+
+    Args:
+        quick: fewer kills and combinations, and a small model in the place of ViT-B: for tests.
+    """
+    return {
+        "kills": partial(kills.kills_in_a_run, kills=3 if quick else 100),
+        "saves": partial(kills.kills_in_saves, kills=6 if quick else 100),
+        "sigterm": partial(kills.stop_signal, name="SIGTERM"),
+        "sigusr1": partial(kills.stop_signal, name="SIGUSR1"),
+        "full_disk": storage.full_disk,
+        "damage": damage.damage_to_each_file,
+        **{f"resumes_{kind.replace(' ', '_')}": partial(order.resumes, kind=kind) for kind in sets.KINDS},
+        "orders": partial(
+            order.orders, world_sizes=(1, 2) if quick else (1, 2, 4), workers=(0, 2) if quick else (0, 2, 4)
+        ),
+        "world_sizes": order.world_sizes,
+        "killed_process": processes.one_of_two_killed,
+        "uneven_shards": partial(images.uneven_shards, sizes=(700, 30, 500, 7)),
+        "one_shard": partial(images.uneven_shards, sizes=(700,)),
+        "bad_images": images.bad_images,
+        "odd_formats": images.odd_formats,
+        "faults": network.faults,
+        "outage": partial(network.outage, num_processes=1),
+        "outage_for_two": partial(network.outage, num_processes=2),
+        "stop_in_outage": network.stop_in_an_outage,
+        "nan": processes.not_a_number_on_one,
+        "gate": processes.losses_on_two_sides_of_the_gate,
+        "bf16": processes.in_bfloat16,
+        "fp16": processes.in_float16,
+        "lock": processes.two_runs_in_one_folder,
+        "pickles": storage.files_that_execute,
+        "archives": storage.names_that_climb,
+        "gradients": partial(processes.gradients, world_sizes=(2,) if quick else (2, 4), accumulations=(1, 3)),
+        "travel": shuffling.travel,
+        "memory": shuffling.memory,
+        "stall": partial(saving.stall, preset="vit-tiny" if quick else "vit-base"),
+    }
+
+
+ALONE = ("stall",)  # what is timed has the machine to itself
