@@ -12,6 +12,7 @@ import atexit
 import logging
 import multiprocessing
 import signal
+import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -322,7 +323,7 @@ class PretrainingLoader:
             stride=max(1, self.num_workers),
         )
         # The stream never ends, so neither do its workers: nothing would be gained by persistent_workers.
-        return iter(
+        batches = iter(
             DataLoader(
                 PretrainingSamples(self.source, plan, seed=self.seed, **self.sample_options),
                 batch_sampler=plan.requests(epoch, position),
@@ -333,12 +334,24 @@ class PretrainingLoader:
                 worker_init_fn=leave_stop_signals_to_the_caller,
             )
         )
+        if self.num_workers:
+            notice_dead_workers_when_waiting()
+        return batches
 
 
 def leave_stop_signals_to_the_caller(worker: int) -> None:
     """A signal to the process group must not take the workers from a run that wants to save and end in good order."""
     for signum in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(signum, signal.SIG_IGN)
+
+
+def notice_dead_workers_when_waiting() -> None:
+    """A worker that is killed, for memory say, is an error of the batch that is waited for.
+
+    torch's handler would raise it wherever the main process is, in the middle of an optimiser's step too.
+    """
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 @atexit.register
@@ -349,7 +362,7 @@ def _end_workers() -> None:
     """
     daemons = [child for child in multiprocessing.active_children() if child.daemon]
     if daemons:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # else torch's handler reports them as lost
+        notice_dead_workers_when_waiting()  # nobody waits any more
     for daemon in daemons:
         daemon.terminate()
     deadline = time.monotonic() + 1

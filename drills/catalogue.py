@@ -16,6 +16,7 @@ def drills(quick: bool = False) -> dict[str, Drill]:
     Args:
         quick: fewer kills and combinations, and a small model in the place of ViT-B: for tests.
     """
+    several = (2,) if quick else (2, 4)  # processes
     return {
         "kills": partial(kills.kills_in_a_run, kills=3 if quick else 100),
         "saves": partial(kills.kills_in_saves, kills=6 if quick else 100),
@@ -24,9 +25,7 @@ def drills(quick: bool = False) -> dict[str, Drill]:
         "full_disk": storage.full_disk,
         "damage": damage.damage_to_each_file,
         **{f"resumes_{kind.replace(' ', '_')}": partial(order.resumes, kind=kind) for kind in sets.KINDS},
-        "orders": partial(
-            order.orders, world_sizes=(1, 2) if quick else (1, 2, 4), workers=(0, 2) if quick else (0, 2, 4)
-        ),
+        "orders": partial(order.orders, world_sizes=(1, *several), workers=(0, 2) if quick else (0, 2, 4)),
         "world_sizes": order.world_sizes,
         "killed_process": processes.one_of_two_killed,
         "uneven_shards": partial(images.uneven_shards, sizes=(700, 30, 500, 7)),
@@ -44,7 +43,7 @@ def drills(quick: bool = False) -> dict[str, Drill]:
         "lock": processes.two_runs_in_one_folder,
         "pickles": storage.files_that_execute,
         "archives": storage.names_that_climb,
-        "gradients": partial(processes.gradients, world_sizes=(2,) if quick else (2, 4), accumulations=(1, 3)),
+        "gradients": partial(processes.gradients, world_sizes=several, accumulations=(1, 3)),
         "travel": shuffling.travel,
         "memory": shuffling.memory,
         "stall": partial(saving.stall, preset="vit-tiny" if quick else "vit-base"),

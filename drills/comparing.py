@@ -14,6 +14,7 @@ from .runs import Run
 SAVE_INTERVAL = 4  # steps
 GLOBAL_BATCH_SIZE = 64
 STEPS_PER_EPOCH = 22  # of 64 of the 1,437 digits
+NO_CHANCE = {"drop_path_rate": 0}  # each process draws its own: several are to be as one
 LOSSES = ("reconstruction_loss", "mi_max_loss", "mi_min_loss", "approximation_loss")
 
 
@@ -24,17 +25,19 @@ class Comparison(NamedTuple):
         lost, repeated: samples of an epoch that counted less often, or more often.
         same_order: whether every step saw the same samples, crops and noise.
         same_weights: whether the final weights are the same bits.
+        same_metrics: whether the same was logged, line for line, evaluations too, timings aside.
     """
 
     lost: int
     repeated: int
     same_order: bool
     same_weights: bool
+    same_metrics: bool
 
     @property
     def equal(self) -> bool:
         """Whether nothing tells them apart."""
-        return self.same_order and self.same_weights
+        return self.same_order and self.same_weights and self.same_metrics
 
 
 def compare(run: Run, whole: Run) -> Comparison:
@@ -44,8 +47,13 @@ def compare(run: Run, whole: Run) -> Comparison:
     same_weights = my_weights.keys() == their_weights.keys() and all(
         torch.equal(my_weights[name], their_weights[name]) for name in my_weights
     )
-    same_order = run.record.seen() == whole.record.seen()
-    return Comparison((theirs - mine).total(), (mine - theirs).total(), same_order, same_weights)
+    return Comparison(
+        lost=(theirs - mine).total(),
+        repeated=(mine - theirs).total(),
+        same_order=run.record.seen() == whole.record.seen(),
+        same_weights=same_weights,
+        same_metrics=run.metrics() == whole.metrics(),
+    )
 
 
 def figures_of(comparisons: Sequence[Comparison]) -> dict[str, int]:

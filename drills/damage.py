@@ -40,6 +40,8 @@ def zero_the_tail(path: Path) -> None:
 
 DAMAGES: tuple[Callable[[Path], None], ...] = (truncate, flip_a_bit, empty, zero_the_tail, Path.unlink)
 
+FILES = ("model.safetensors", "optimizer.safetensors", "trainer_state.json", "process_0.safetensors", "manifest.json")
+
 
 def damage_to_each_file(folder: Path) -> Outcome:
     """Damages every file of the newest checkpoint in every way, one at a time; then a run resumes past each way."""
@@ -55,7 +57,10 @@ def damage_to_each_file(folder: Path) -> Outcome:
             injected += 1
             detected += bool(verify(newest)) and store.latest() == older
             path.write_bytes(content)
-    resumed = [resumed_past(damage, whole, folder / f"damaged-{number}") for number, damage in enumerate(DAMAGES)]
+    resumed = [
+        resumed_past(damage, name, whole, folder / damage.__name__)
+        for damage, name in zip(DAMAGES, FILES, strict=True)
+    ]
     said = sum(was_said for was_said, _ in resumed)
     figures = figures_of([comparison for _, comparison in resumed])
     return Outcome(
@@ -66,12 +71,12 @@ def damage_to_each_file(folder: Path) -> Outcome:
     )
 
 
-def resumed_past(damage: Callable[[Path], None], whole: Run, folder: Path) -> tuple[bool, Comparison]:
+def resumed_past(damage: Callable[[Path], None], name: str, whole: Run, folder: Path) -> tuple[bool, Comparison]:
     """A real run whose newest checkpoint is damaged goes on from the one before: whether it said so, how it ended."""
     shutil.copytree(whole.folder, folder)
     damaged = Run(folder, whole.flags)
     damaged.started = list(whole.started)
     newest = damaged.output_dir / f"checkpoint-{STEPS}"
-    damage(newest / "optimizer.safetensors")
+    damage(newest / name)
     damaged.finish()
     return f"passing over the damaged checkpoint {newest}" in damaged.log(), compare(damaged, whole)

@@ -51,16 +51,15 @@ def bad_images(folder: Path) -> Outcome:
     strict = Run(folder / "strict", {**whole.flags, "max_bad_image_fraction": 0.005})
     strict.start()
     (code,) = strict.wait()
-    named = sorted(line["index"] for line in read_jsonl(killed.output_dir / "bad_images.jsonl"))
-    met = sorted(set(bad) & {index for _, index in killed.record.samples()})
+    reports = read_jsonl(killed.output_dir / "bad_images.jsonl")
+    named = sorted(Path(report["image"].rstrip(")")).name for report in reports)
+    met = [f"{number:05d}.png" for number in sorted(set(bad) & {index for _, index in killed.record.samples()})]
     counted = int(max(killed.series("bad_images").values()))
     comparison = compare(killed, whole)
     return Outcome(
         drill="1 % of the images truncated, empty, HTML or a decompression bomb; 1 % with broken EXIF or a wrong name",
-        passed=named == met
-        and counted == len(met)
-        and comparison.equal
-        and (code == 1 and "max_bad_image_fraction" in strict.log()),
+        passed=(named == met and counted == len(met) and reports == read_jsonl(whole.output_dir / "bad_images.jsonl"))
+        and (comparison.equal and code == 1 and "max_bad_image_fraction" in strict.log()),
         figures={
             "bad ones met": len(met),
             "counted": counted,

@@ -6,7 +6,7 @@ import socket
 import struct
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -22,6 +22,7 @@ from .runs import Run
 
 SIZES = (59,) * 23 + (80,)  # more files than are kept open, so that they are fetched again and again
 FAULTS = ("reset", "cut", "stall", 429, 500, 503)
+FAULTS_WITHOUT_A_BODY = ("reset", 429, 500, 503)
 IMPATIENCE = Impatience(between_tries=0.1, for_an_answer=1.0)
 BOUND = 120.0  # seconds in which a run must end that cannot read on
 STEPS = 44
@@ -49,13 +50,13 @@ class FailingServer(ThreadingHTTPServer):
         self.faults: Counter[str | int] = Counter()
         self._chance = random.Random(seed)
 
-    def next_fault(self) -> str | int | None:
+    def next_fault(self, possible: Sequence[str | int]) -> str | int | None:
         """What happens to a request; None: it is answered."""
         if self.is_out:
             return "reset"
         if self._chance.random() >= self.fault_rate:
             return None
-        fault = self._chance.choice(FAULTS)
+        fault = self._chance.choice(possible)
         self.faults[fault] += 1
         return fault
 
@@ -77,7 +78,7 @@ class FailingHandler(SimpleHTTPRequestHandler):
         self._answer(with_body=True)
 
     def _answer(self, with_body: bool) -> None:
-        fault = self.server.next_fault()
+        fault = self.server.next_fault(FAULTS if with_body else FAULTS_WITHOUT_A_BODY)
         if isinstance(fault, int):
             self.send_error(fault)
         elif fault == "reset":
@@ -97,7 +98,7 @@ class FailingHandler(SimpleHTTPRequestHandler):
         if with_body and fault is None:
             self.wfile.write(content[start:stop])
         elif fault is not None:
-            self.wfile.write(content[start : (start + stop) // 2] if with_body else b"")
+            self.wfile.write(content[start : (start + stop) // 2])
             if fault == "stall":
                 time.sleep(3 * IMPATIENCE.for_an_answer)
             self.close_connection = True

@@ -6,6 +6,7 @@ from pathlib import Path
 from . import sets
 from .comparing import (
     GLOBAL_BATCH_SIZE,
+    NO_CHANCE,
     STEPS_PER_EPOCH,
     compare,
     figures_of,
@@ -34,10 +35,14 @@ def resumes(folder: Path, kind: str) -> Outcome:
     for step, num_workers in zip(STOPS, cycle(WORKERS), strict=False):
         stop_at(stopped, step, dataloader_num_workers=num_workers)
     comparison = compare(stopped.finish(dataloader_num_workers=WORKERS[-1]), whole)
+    first = [passes[0] for passes in stopped.record.steps_by_start().values()]
+    fell_right = first[3] <= STEPS_PER_EPOCH < 2 * STEPS_PER_EPOCH < first[5] and first == sorted(set(first))
     return Outcome(
         drill=f"five resumes, with 0, 2 and 4 workers by turns: {kind}",
-        passed=comparison.equal,
+        passed=comparison.equal and fell_right,
         figures={
+            "resumed before steps": first[1:],
+            "steps of an epoch": STEPS_PER_EPOCH,
             "order": whole.record.order_hash(),
             "order after resumes": stopped.record.order_hash(),
             **figures_of([comparison]),
@@ -63,17 +68,20 @@ def orders(folder: Path, world_sizes: tuple[int, ...], workers: tuple[int, ...])
 
 def world_sizes(folder: Path) -> Outcome:
     """One process, then two, four and one again, at the same global batch."""
-    whole = reference(folder / "whole", 48)
+    whole = reference(folder / "whole", 48, logging_steps=5, **NO_CHANCE)
     changing = Run(folder / "changing", whole.flags)
     for step, num_processes in ((12, 1), (24, 2), (36, 4)):
         changing.num_processes = num_processes
         stop_at(changing, step, per_device_train_batch_size=GLOBAL_BATCH_SIZE // num_processes)
     changing.num_processes = 1
-    comparison, difference = compare(changing.finish(), whole), largest_difference(whole, changing)
+    changing.finish()
+    comparison, difference = compare(changing, whole), largest_difference(whole, changing)
+    steps = changing.record.steps_by_start()
     return Outcome(
         drill="1, 2, 4 and 1 processes in turn, at one global batch",
-        passed=comparison.same_order and difference < TOLERANCE,
+        passed=comparison.same_order and difference < TOLERANCE and len(steps) == 4,
         figures={
+            "steps by each": [len(each) for each in steps.values()],
             "same samples, crops and noise": comparison.same_order,
             "samples lost": comparison.lost,
             "samples repeated": comparison.repeated,

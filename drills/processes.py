@@ -11,6 +11,7 @@ import torch
 
 from .comparing import (
     GLOBAL_BATCH_SIZE,
+    NO_CHANCE,
     SAVE_INTERVAL,
     compare,
     figures_of,
@@ -34,18 +35,18 @@ TWO = {"num_processes": 2, "per_device_train_batch_size": HALF}
 
 def one_of_two_killed(folder: Path) -> Outcome:
     """Kills the second of two processes."""
-    whole = reference(folder / "whole", STEPS, **TWO)
+    whole = reference(folder / "whole", STEPS, dataloader_num_workers=2, **TWO)
     killed = Run(folder / "killed", whole.flags, num_processes=2)
     killed.start()
     killed.wait_for_passes(2 * SAVE_INTERVAL + 2)
     os.kill(killed.processes[1].pid, signal.SIGKILL)
     died = time.monotonic()
-    killed.wait(BOUND)
+    first, _ = killed.wait(BOUND)
     seconds, orphans = time.monotonic() - died, killed.orphans()
     comparison = compare(killed.finish(), whole)
     return Outcome(
-        drill="one of two processes killed",
-        passed=not orphans and comparison.equal,
+        drill="one of two processes, of two workers each, killed",
+        passed=first not in (0, None) and not orphans and comparison.equal,
         figures={
             "seconds to the other's end": round(seconds, 1),
             "bound in seconds": BOUND,
@@ -82,7 +83,7 @@ def not_a_number_on_one(folder: Path) -> Outcome:
 def losses_on_two_sides_of_the_gate(folder: Path) -> Outcome:
     """Gives the second of two processes images of more contrast, so that its L_rec stays above the gate for longer."""
     options = {"scaling": Scaling(3.0, first_image=HALF)}
-    flags = {"max_train_steps": STEPS, "norm_pix_loss": False, "mi_gate_threshold": 3.35}
+    flags = {"max_train_steps": STEPS, "norm_pix_loss": False, "mi_gate_threshold": 3.35, **NO_CHANCE}
     alone = Run(folder / "one", flags).finish(gradients=True, **options)
     two = Run(folder / "two", {**flags, "per_device_train_batch_size": HALF}, num_processes=2)
     two.finish(gradients=True, **options)
@@ -109,7 +110,8 @@ def gradients(folder: Path, world_sizes: tuple[int, ...], accumulations: tuple[i
     """The gradient of the first step, of several processes against one, with and without accumulation."""
     differences = {}
     for accumulation in accumulations:
-        flags = {"max_train_steps": 2, "mi_gate_threshold": 100.0, "gradient_accumulation_steps": accumulation}
+        flags = {"max_train_steps": 2, "gradient_accumulation_steps": accumulation, **NO_CHANCE}
+        flags |= {"mi_gate_threshold": 100.0}  # open from the start
         alone, *others = (
             Run(
                 folder / f"{number}-{accumulation}",
@@ -160,7 +162,8 @@ def two_runs_in_one_folder(folder: Path) -> Outcome:
 
 
 def in_bfloat16(folder: Path) -> Outcome:
-    """A run under autocast, killed and resumed."""
+    """A run under autocast, killed and resumed; it must not be the run in float32."""
+    in_full = reference(folder / "float32", STEPS)
     whole = reference(folder / "whole", STEPS, mixed_precision="bf16")
     killed = killed_once(folder / "killed", whole, after=2 * SAVE_INTERVAL + 1)
     comparison = compare(killed, whole)
@@ -169,7 +172,7 @@ def in_bfloat16(folder: Path) -> Outcome:
     )
     return Outcome(
         drill="bf16 on a CPU, killed and resumed",
-        passed=comparison.equal and in_float32,
+        passed=comparison.equal and in_float32 and not compare(whole, in_full).same_weights,
         figures={"weights in float32": in_float32, **figures_of([comparison])},
     )
 

@@ -179,6 +179,8 @@ class SaveWatch:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._death is not None and self._saves == self._death.save:  # it was a quick one
+            os.kill(os.getpid(), signal.SIGKILL)
         self._is_saving = False
         self.seconds = time.perf_counter() - self._began
         self._longest = max(self._longest, self.seconds)

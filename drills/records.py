@@ -77,6 +77,13 @@ class Record:
             first.setdefault(line["start"], line["time"])
         return first
 
+    def steps_by_start(self) -> dict[int, list[int]]:
+        """The steps that each start has done, in full or in part."""
+        steps: dict[int, list[int]] = {}
+        for line in self.passes():
+            steps.setdefault(line["start"], []).append(line["step"])
+        return steps
+
     def deaths_inside_saves(self) -> int:
         """How many starts have begun a save that they did not end."""
         last = {line["start"]: line for line in self.lines()}

@@ -23,6 +23,7 @@ from .records import Record
 
 RECIPE = Path(__file__).with_name("tiny.yaml")
 PATIENCE = 300.0  # seconds that any single wait may take before it counts as a hang
+TIMINGS = {"seconds_per_step", "images_per_second", "views_per_second"}
 GRACE = 10.0  # seconds in which workers notice that the process they work for is gone
 
 _runs: list["Run"] = []
@@ -172,10 +173,14 @@ class Run:
         """Those of which every byte is as it was written."""
         return [folder for folder in self.checkpoints() if not verify(folder)]
 
-    def series(self, name: str) -> dict[int, float]:
-        """A metric by step, as it stands in the run's folder."""
+    def metrics(self) -> list[dict[str, Any]]:
+        """All that it has logged, but how fast it was."""
         lines = map(json.loads, (self.output_dir / "metrics.jsonl").read_text().splitlines())
-        return {line["step"]: line[name] for line in lines if name in line}
+        return [{name: value for name, value in line.items() if name not in TIMINGS} for line in lines]
+
+    def series(self, name: str) -> dict[int, float]:
+        """A metric by step."""
+        return {line["step"]: line[name] for line in self.metrics() if name in line}
 
     def weights(self) -> dict[str, torch.Tensor]:
         """The final model's."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from mimae.training.checkpoints import seal
 
 from . import sets
-from .comparing import SAVE_INTERVAL, compare, figures_of, reference
+from .comparing import GLOBAL_BATCH_SIZE, SAVE_INTERVAL, compare, figures_of, reference
 from .outcome import Outcome
 from .runs import Run
 
@@ -17,12 +17,12 @@ CHECKPOINTS_THAT_FIT = 2.5  # so that the third does not
 
 
 def full_disk(folder: Path) -> Outcome:
-    """Trains into a small file system of its own, makes it larger, and resumes."""
-    drill = "disk full during a save"
-    whole = reference(folder / "whole", STEPS)
+    """Two processes train into a small file system of its own; it is made larger, and they resume."""
+    drill = "disk full during a save of two processes"
+    whole = reference(folder / "whole", STEPS, num_processes=2, per_device_train_batch_size=GLOBAL_BATCH_SIZE // 2)
     checkpoint = whole.output_dir / f"checkpoint-{STEPS}"
     size = sum(path.stat().st_size for path in checkpoint.rglob("*"))
-    filled = Run(folder / "filled", whole.flags)
+    filled = Run(folder / "filled", whole.flags, num_processes=2)
     filled.output_dir.mkdir()
     try:
         mount(filled.output_dir, int(CHECKPOINTS_THAT_FIT * size))
@@ -31,7 +31,7 @@ def full_disk(folder: Path) -> Outcome:
         return Outcome(drill, passed=False, skipped=f"no file system can be mounted here: {reason}")
     try:
         filled.start()
-        (code,) = filled.wait()
+        codes = filled.wait()
         said = (
             f"could not write {filled.output_dir / 'checkpoint-'}" in filled.log() and "No space left" in filled.log()
         )
@@ -42,9 +42,9 @@ def full_disk(folder: Path) -> Outcome:
         subprocess.run(["umount", "--lazy", filled.output_dir], check=True)
     return Outcome(
         drill,
-        passed=code == 1 and said and len(valid) == 2 and not partial and comparison.equal,
+        passed=codes == [1, 1] and said and len(valid) == 2 and not partial and comparison.equal,
         figures={
-            "exit code": code,
+            "exit codes": codes,
             "said so": said,
             "older checkpoints valid": len(valid),
             "partial ones left": len(partial),

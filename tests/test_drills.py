@@ -25,9 +25,9 @@ def test_a_run_that_saw_or_learnt_something_else_is_not_equal(tmp_path, forked_r
         for number, other in enumerate([{}, {"seed": 1}, {"adam_beta1": 0.8}])
     )
     other_order, other_weights = (compare(other, whole) for other in others)
-    assert (other_order.same_order, other_order.same_weights) == (False, False)
+    assert (other_order.same_order, other_order.same_weights, other_order.same_metrics) == (False, False, False)
     assert other_order.lost == other_order.repeated > 0
-    assert other_weights == (0, 0, True, False)
+    assert other_weights == (0, 0, True, False, False)
 
 
 def test_the_page_adds_up_over_drills_and_says_what_failed_or_was_not_run(tmp_path):

@@ -56,20 +56,36 @@ class BadImageLog:
         path: the file; a resumed run goes on in it.
         num_images: size of the data set.
         max_fraction: of it, above which the run stops.
+        known: which of the reported images a resumed run has met; None: all.
     """
 
-    def __init__(self, path: Path, accelerator: Accelerator, *, num_images: int, max_fraction: float):
+    def __init__(
+        self,
+        path: Path,
+        accelerator: Accelerator,
+        *,
+        num_images: int,
+        max_fraction: float,
+        known: list[int] | None = None,
+    ):
         self._path, self._accelerator = path, accelerator
         self._num_images, self._max_fraction = num_images, max_fraction
         self._pending: list[dict[str, Any]] = []
         if accelerator.is_main_process:
-            keep_jsonl(path, lambda report: "index" in report)  # a kill may have cut the last line
+            met = None if known is None else set(known)
+            # a kill may have cut the last line; what was met after the checkpoint will be met again
+            keep_jsonl(path, lambda report: "index" in report and (met is None or report["index"] in met))
         accelerator.wait_for_everyone()
         self._known = {report["index"] for report in read_jsonl(path)}
 
     def add(self, reports: list[dict[str, Any]]) -> None:
         """Reports of one batch of this process; usually none."""
         self._pending += [report for report in reports if report["index"] not in self._known]
+
+    @property
+    def known(self) -> list[int]:
+        """The bad images so far, by their indices."""
+        return sorted(self._known)
 
     @property
     def count(self) -> int:
@@ -95,5 +111,5 @@ class BadImageLog:
             raise TooManyBadImagesError(
                 f"{self.count} of {self._num_images} images cannot be decoded, more than "
                 f"--max_bad_image_fraction {self._max_fraction}; {self._path.name} names them. "
-                "Mend or remove them, or raise the fraction, then --resume_from_checkpoint latest"
+                "Raise the fraction and go on with --resume_from_checkpoint latest, or mend them and start anew"
             )

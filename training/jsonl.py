@@ -32,6 +32,10 @@ def keep_jsonl(path: Path, is_kept: Callable[[dict[str, Any]], bool]) -> None:
 
 
 def append_jsonl(path: Path, entries: list[dict[str, Any]]) -> None:
-    """Adds objects at the end."""
-    with path.open("a") as file:
-        file.writelines(json.dumps(entry) + "\n" for entry in entries)
+    """Adds objects at the end. Raises: OSError, with a remedy: the disk is full, or broken."""
+    try:
+        with path.open("a") as file:
+            file.writelines(json.dumps(entry) + "\n" for entry in entries)
+    except OSError as error:
+        remedy = "make room or mend the disk, then go on with --resume_from_checkpoint latest"
+        raise OSError(f"could not write {path} ({error}): {remedy}") from error

@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
-from .jsonl import append_jsonl, keep_jsonl
+from .jsonl import append_jsonl, keep_jsonl, read_jsonl
 
 logger = logging.getLogger(__name__)
 
@@ -124,6 +124,12 @@ class MetricLog:
         values = {k: v if v is not None and math.isfinite(v) else None for k, v in metrics.items()}
         append_jsonl(self._path, [{"step": step, **values}])
         self._accelerator.log({k: v for k, v in values.items() if v is not None}, step=step)
+
+    def lacks_evaluation(self, step: int) -> bool:
+        """Whether the file has no line of an evaluation after this step; False where nothing is written."""
+        if not self._accelerator.is_main_process:
+            return False
+        return not any(line["step"] == step and "loss" not in line for line in read_jsonl(self._path))
 
     def advance(self) -> None:
         """One more step is done."""

@@ -22,6 +22,7 @@ from ..data.loaders import PretrainingLoader
 from ..data.transforms import Normalization
 from .bad_images import BadImageLog, TooManyBadImagesError
 from .checkpoints import (
+    CheckpointError,
     CheckpointStore,
     load_optimizer,
     load_tensors,
@@ -122,7 +123,9 @@ class Pretrainer:
         self.other_parameters = [p for name, p in trainable if not name.startswith("approximator.")]
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
 
+        self._agreement = Agreement()
         self.progress = Progress()
+        self.known_bad_images: list[int] | None = []
         self.max_bad_image_fraction = max_bad_image_fraction
         self.meter = StepMeter(accelerator.device)
 
@@ -146,19 +149,31 @@ class Pretrainer:
             self.accelerator,
             num_images=len(self.loader.source),
             max_fraction=self.max_bad_image_fraction,
+            known=self.known_bad_images,
         )
         batches = self.loader.batches(self.progress.epoch, self.progress.position)
         if left_out := self.loader.num_samples - self.loader.samples_used:
             logger.info("%d images of each epoch, others in each, are left out: they do not fill a step", left_out)
-        self._agreement = Agreement()
         self.model.train()
         try:
             with StopRequest(self._agreement) as self._stop_request:
-                if self.progress.step == 0:
-                    self.metrics.write(0, self.evaluate(0))
+                if self._owes_evaluation():
+                    self._evaluate()
                 self._run_steps(batches)
         finally:
             self.metrics.close()
+
+    def _owes_evaluation(self) -> bool:
+        """Before the first step, and where a run was ended between a checkpoint and the evaluation that follows it."""
+        step = self.progress.step
+        is_due = step == 0 or self._is_evaluated_after(step)
+        return is_due and bool(self._agreement.largest(int(self.metrics.lacks_evaluation(step))))
+
+    def _is_evaluated_after(self, step: int) -> bool:
+        return step % self.intervals.evaluation == 0 or step == self.schedule.total_steps
+
+    def _evaluate(self) -> None:
+        self.metrics.write(self.progress.step, self.evaluate(self.progress.step))
 
     def _run_steps(self, batches: Iterator[dict[str, Any]]) -> None:
         """To the last one; whatever all processes agree to end with before that, the last whole step is saved."""
@@ -259,10 +274,10 @@ class Pretrainer:
         signum = 0 if is_end else self._stop_request.agreed()
         if signum:
             raise RunStopped(signum)
-        if step % self.intervals.checkpointing == 0 or is_end:
+        if step % self.intervals.checkpointing == 0 or self._is_evaluated_after(step):
             self.save()
-        if step % self.intervals.evaluation == 0 or is_end:  # after saving: what it may run into loses no step
-            self.metrics.write(step, self.evaluate(step))
+        if self._is_evaluated_after(step):  # after saving: what it may run into loses no step
+            self._evaluate()
         then, last_step = self._last_log
         self._last_log = (then + time.perf_counter() - paused, last_step)  # neither counts as training
 
@@ -296,15 +311,24 @@ class Pretrainer:
             )
 
     def save(self) -> None:
-        """Publishes a checkpoint of this moment. Collective: rank 0 writes for all."""
+        """Publishes a checkpoint of this moment. Collective: rank 0 writes for all.
+
+        Raises:
+            CheckpointError: on all processes: it could not be written.
+        """
         self.bad_images.flush()
         states = [{**random_state(), "meter": self.meter.window}]
         if self.accelerator.num_processes > 1:
             states = gather_object(states)
+        failure = None
         if self.accelerator.is_main_process:
-            path = self.checkpoints.save(self.progress.step, lambda folder: self._write(folder, states))
-            logger.info("saved %s", path)
-        self.accelerator.wait_for_everyone()
+            try:
+                path = self.checkpoints.save(self.progress.step, lambda folder: self._write(folder, states))
+                logger.info("saved %s", path)
+            except CheckpointError as error:
+                failure = error
+        if self._agreement.largest(int(failure is not None)):
+            raise failure or CheckpointError("the main process could not write its checkpoint, and says why")
 
     def _write(self, folder: Path, states: list[dict[str, torch.Tensor]]) -> None:
         self.save_model(folder)
@@ -316,6 +340,7 @@ class Pretrainer:
             "progress": asdict(self.progress),
             "meter": self.meter.state(),
             "scaler": scaler.state_dict() if scaler is not None else None,
+            "bad_images": self.bad_images.known,
             "settings": self.settings,
         }
         write_json(folder / "trainer_state.json", trainer_state)
@@ -336,9 +361,15 @@ class Pretrainer:
         self.meter.load_state(state["meter"])
         if self.accelerator.scaler is not None and state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
-        process_path = checkpoint / f"process_{self.accelerator.process_index}.safetensors"
-        if process_path.exists():  # a run on more processes than before has new ones
-            process_state = load_tensors(process_path)
-            set_random_state(process_state)
-            self.meter.load_window(process_state["meter"])
+        self.known_bad_images = state.get("bad_images")  # older checkpoints have none
+        self._resume_process([load_tensors(path) for path in sorted(checkpoint.glob("process_*.safetensors"))])
         logger.info("resumed from %s: %s", checkpoint, self.progress)
+
+    def _resume_process(self, states: list[dict[str, torch.Tensor]]) -> None:
+        """Goes on as the process of this rank; where there were more or fewer, with the mean of what they measured."""
+        rank = self.accelerator.process_index
+        if rank < len(states):
+            set_random_state(states[rank])
+        windows = [state["meter"] for state in states]
+        are_as_many = len(states) == self.accelerator.num_processes
+        self.meter.load_window(windows[rank] if are_as_many else torch.stack(windows).mean(dim=0))
