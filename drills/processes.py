@@ -7,6 +7,7 @@ import signal
 import time
 from pathlib import Path
 
+import psutil
 import torch
 
 from .comparing import (
@@ -50,6 +51,32 @@ def one_of_two_killed(folder: Path) -> Outcome:
         figures={
             "seconds to the other's end": round(seconds, 1),
             "bound in seconds": BOUND,
+            "orphans": len(orphans),
+            **figures_of([comparison]),
+        },
+    )
+
+
+def one_worker_killed(folder: Path) -> Outcome:
+    """Kills a process that loads images, as a machine out of memory does, long before the run's end."""
+    whole = reference(folder / "whole", 10 * STEPS, dataloader_num_workers=2)
+    killed = Run(folder / "killed", whole.flags)
+    killed.start()
+    killed.wait_for_passes(2 * SAVE_INTERVAL)
+    main = psutil.Process(killed.processes[0].pid)
+    next(child for child in main.children() if child.cmdline() == main.cmdline()).kill()
+    died = time.monotonic()
+    codes = killed.wait(BOUND)
+    seconds, orphans = time.monotonic() - died, killed.orphans()
+    said = "has no batch for step" in killed.log()
+    comparison, redone = compare(killed.finish(), whole), killed.record.most_redone()
+    return Outcome(
+        drill="one of two workers killed",
+        passed=codes == [1] and said and redone == 0 and not orphans and comparison.equal,
+        figures={
+            "exit code": codes[0],
+            "seconds to the end": round(seconds, 1),
+            "steps lost": redone,
             "orphans": len(orphans),
             **figures_of([comparison]),
         },

@@ -241,6 +241,29 @@ def test_a_death_at_each_turn_of_a_save_leaves_two_valid_checkpoints(tmp_path, m
     assert valid_steps(tmp_path) == ([1, 2, 3] if turn == "_discard" else [1, 2])
 
 
+def test_everything_is_on_the_disk_before_it_gets_a_checkpoints_name(tmp_path, monkeypatch):
+    # a power cut cannot be had here: what is asked of the kernel, and in which order
+    asked, fsync, rename = [], os.fsync, Path.rename
+
+    def recorded_fsync(descriptor: int) -> None:
+        asked.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).relative_to(tmp_path).as_posix())
+        fsync(descriptor)
+
+    def recorded_rename(path: Path, target: Path) -> Path:
+        asked.append(f"rename to {target.name}")
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", recorded_fsync)
+    monkeypatch.setattr(Path, "rename", recorded_rename)
+    folder = CheckpointStore(tmp_path).save(1, write_small_checkpoint)
+    partial = ".checkpoint-1.partial"
+    files = {f"{partial}/{path.relative_to(folder).as_posix()}" for path in folder.rglob("*") if path.is_file()}
+    manifest = f"{partial}/manifest.json"
+    assert files <= set(asked)
+    assert all(asked.index(file) < asked.index(manifest) for file in files - {manifest})
+    assert asked[-3:] == [partial, "rename to checkpoint-1", "."]
+
+
 # --- one run per folder ---------------------------------------------------------------------------------------------
 
 

@@ -43,6 +43,7 @@ class FailingHandler(RangeHandler):
     faults: ClassVar[list[str]] = []
     opening_faults: ClassVar[list[str]] = []
     served: ClassVar[dict[str, int]] = {}  # ranges of a file that are served before it fails for good
+    out_after: ClassVar[dict[str, Path]] = {}  # a file is not served any more once that path exists
     requests: ClassVar[list[tuple[str, str]]] = []
     end = threading.Event()
 
@@ -54,6 +55,8 @@ class FailingHandler(RangeHandler):
         if is_range and name in self.served:
             self.served[name] -= 1
             fault = "503" if self.served[name] < 0 else fault
+        if name in self.out_after and self.out_after[name].exists():
+            fault = "503"
         if fault.isdigit():
             self.send_error(int(fault))
         else:
@@ -114,7 +117,7 @@ def server(tmp_path):
     """(handler class, URL, folder that is served)"""
 
     class Handler(FailingHandler):
-        faults, opening_faults, served, requests = [], [], {}, []
+        faults, opening_faults, served, out_after, requests = [], [], {}, {}, []
         end = threading.Event()
 
     (tmp_path / "served").mkdir()
@@ -289,6 +292,29 @@ def test_a_run_that_cannot_read_its_first_batch_saves_nothing(server, tmp_path):
     with pytest.raises(BatchError, match=r"no batch for step 1: [^;]*$"):
         pretrain(tmp_path / "run", **settings(url, tmp_path, per_device_train_batch_size=120))
     assert not list((tmp_path / "run").glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_an_evaluation_that_cannot_read_loses_no_step_and_is_made_up_for(server, tmp_path, forked_runs, num_processes):
+    handler, url, folder = server
+    write_parquet(folder, shards(*SIZES))
+    evaluated = {"validation_files": f"{url}/shard-0.parquet", "evaluation_steps": 4, "probe_samples": 40}
+    common = settings(url, tmp_path, num_channels=3, dataloader_num_workers=1)
+    files = {"data_files": common["data_files"][1:], "per_device_train_batch_size": 30 // num_processes}
+    impatience = Impatience(between_tries=0.01, for_an_answer=0.5)
+
+    parts = Run(tmp_path / "parts", {**common, **evaluated, **files}, num_processes)
+    handler.out_after["shard-0.parquet"] = parts.output_dir / "checkpoint-4"
+    parts.start(impatience=impatience)
+    assert parts.wait() == [1] * num_processes
+    assert "shard-0.parquet could not be read in 20 tries" in parts.log()
+    assert [path.name for path in parts.valid_checkpoints()] == ["checkpoint-4"]
+
+    handler.out_after.clear()
+    whole = Run(tmp_path / "whole", parts.flags, num_processes).finish(impatience=impatience)
+    assert compare(parts.finish(impatience=impatience), whole).equal
+    assert parts.record.most_redone() == 0
+    assert parts.series("knn_accuracy").keys() == {0, 4, 8, 10}
 
 
 def test_images_that_do_not_fill_a_step_are_counted_in_the_log(tmp_path, capsys):

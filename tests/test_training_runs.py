@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import time
 from pathlib import Path
 
 import numpy as np
@@ -110,49 +109,6 @@ def test_a_swin_stopped_and_resumed_beyond_its_milestone_equals_one_never_stoppe
     assert series(tmp_path / "parts", "mi_active")[13] == 1
 
 
-def test_a_killed_run_resumes_from_its_newest_valid_checkpoint_and_equals_one_never_killed(tmp_path):
-    settings = {"checkpointing_steps": 3, "max_train_steps": 90}
-    process = launch(flags(tmp_path / "parts", **settings))
-    while not (tmp_path / "parts" / "checkpoint-6").exists():
-        assert process.poll() is None, process.stdout.read()
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    newest = max((tmp_path / "parts").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-    last_step = int(newest.name.split("-")[1])
-    assert last_step < 90
-
-    damaged = newest / "model.safetensors"
-    content = bytearray(damaged.read_bytes())
-    content[len(content) // 2] ^= 1
-    damaged.write_bytes(content)
-
-    # a shorter schedule would be another run: the whole one is repeated as far as it is compared
-    resumed = launch([*flags(tmp_path / "parts", **settings), "--resume_from_checkpoint", "latest"])
-    whole = launch(flags(tmp_path / "whole", **settings))
-    output, _ = resumed.communicate(timeout=300)
-    assert resumed.returncode == 0, output
-    assert f"passing over the damaged checkpoint {newest}: model.safetensors" in output
-    assert whole.communicate(timeout=300)
-    assert whole.returncode == 0
-    assert_same_run(tmp_path / "whole", tmp_path / "parts")
-
-
-def test_sigusr1_to_the_process_group_saves_and_exits_with_the_documented_code(tmp_path):
-    endless = {"max_train_steps": 100_000, "checkpointing_steps": 100_000, "dataloader_num_workers": 2}
-    process = launch(flags(tmp_path / "run", **endless))
-    while not (tmp_path / "run" / "metrics.jsonl").exists() or len(metrics(tmp_path / "run")) < 3:
-        assert process.poll() is None, process.stdout.read()
-        time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGUSR1)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGUSR1, output
-    (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
-    assert verify(checkpoint) == []
-    steps = [line["step"] for line in metrics(tmp_path / "run")]
-    assert int(checkpoint.name.split("-")[1]) >= max(steps)  # no step is lost
-
-
 def test_gradient_accumulation_sees_the_images_of_the_larger_batch_and_says_negatives_stay_within(tmp_path):
     no_terms = {"mi_max_weight": 0, "mi_min_weight": 0, "max_train_steps": 6}
     pretrain(tmp_path / "whole", per_device_train_batch_size=240, **no_terms)
@@ -190,21 +146,6 @@ def test_overwriting_a_folder_that_holds_no_run_deletes_nothing(tmp_path):
     clear_output_dir(folder)
     assert (folder / "README.md").read_text() == "of another project"
     assert (folder / "checkpoint-notes").exists()
-
-
-def test_a_folder_that_a_live_run_holds_is_refused(tmp_path):
-    process = launch(flags(tmp_path / "run", max_train_steps=100_000))
-    try:
-        while not (tmp_path / "run" / "metrics.jsonl").exists():
-            assert process.poll() is None, process.stdout.read()
-            time.sleep(0.05)
-        second = launch([*flags(tmp_path / "run"), "--overwrite_output_dir"])
-        output, _ = second.communicate(timeout=120)
-        assert second.returncode != 0
-        assert f"pid {process.pid}" in output
-    finally:
-        process.kill()
-        process.wait()
 
 
 def test_going_back_to_an_older_checkpoint_drops_the_later_ones_and_mixes_no_runs(tmp_path):
