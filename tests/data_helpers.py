@@ -1,11 +1,8 @@
-"""Real photographs in every wrapping the data tests need, and a loopback server that answers range requests."""
+"""Real photographs in every wrapping the data tests need."""
 
-import http.server
 import io
 import tarfile
-import threading
-from contextlib import contextmanager
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -97,52 +94,3 @@ def pretraining_loader(source, **options):
 
 def take(batches, count):
     return [next(batches) for _ in range(count)]
-
-
-class RangeHandler(http.server.SimpleHTTPRequestHandler):
-    """Serves a folder; answers `Range: bytes=a-b`, as every real host of data sets does."""
-
-    identifies_files = True
-
-    def do_GET(self):
-        path = Path(self.translate_path(self.path))
-        if not path.is_file():
-            return self.send_error(404)
-        content, status = path.read_bytes(), 200
-        total = len(content)
-        headers = {"Accept-Ranges": "bytes"}
-        if self.identifies_files:
-            headers["ETag"] = f'"{path.stat().st_mtime_ns}"'
-        if "Range" in self.headers:
-            first, last = self.headers["Range"].removeprefix("bytes=").split("-")
-            first, last = (
-                (int(first), min(int(last or total - 1), total - 1)) if first else (total - int(last), total - 1)
-            )
-            content, status = content[first : last + 1], 206
-            headers["Content-Range"] = f"bytes {first}-{last}/{total}"
-        self.send_response(status)
-        for key, value in (headers | {"Content-Length": str(len(content))}).items():
-            self.send_header(key, value)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(content)
-
-    do_HEAD = do_GET  # noqa: N815
-
-    def log_message(self, *args):
-        pass
-
-
-@contextmanager
-def serve(handler):
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        server.server_close()
-
-
-def serve_folder(folder, handler=RangeHandler):
-    return serve(partial(handler, directory=str(folder)))

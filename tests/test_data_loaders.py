@@ -15,12 +15,12 @@ from mimae.data.loaders import evaluation_batches
 from mimae.data.order import augmentation_seed
 from mimae.data.sources import ArraySource, open_image_source
 from mimae.data.transforms import evaluation_transform
+from mimae.drills.serving import serve_folder
 from mimae.tests.data_helpers import (
     encode,
     jpegs,
     photograph,
     pretraining_loader,
-    serve_folder,
     shards,
     take,
     write_parquet,

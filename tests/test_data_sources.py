@@ -23,12 +23,10 @@ from PIL import Image
 from mimae.data import sharded
 from mimae.data.hugging_face import explained_access
 from mimae.data.sources import open_image_source
+from mimae.drills.serving import RangeHandler, serve, serve_folder
 from mimae.tests.data_helpers import (
     FEATURES,
-    RangeHandler,
     jpegs,
-    serve,
-    serve_folder,
     shards,
     write_parquet,
     write_tars,

@@ -3,8 +3,6 @@
 import io
 import os
 import socket
-import struct
-import threading
 from pathlib import Path
 from typing import ClassVar
 
@@ -20,7 +18,8 @@ from mimae.data.sources import open_image_source
 from mimae.drills.comparing import compare
 from mimae.drills.recording import Impatience
 from mimae.drills.runs import Run
-from mimae.tests.data_helpers import RangeHandler, serve_folder, shards, write_parquet, write_tars
+from mimae.drills.serving import FailingHandler, serve_folder
+from mimae.tests.data_helpers import shards, write_parquet, write_tars
 from mimae.training.checkpoints import verify
 from mimae.training.trainer import BatchError
 
@@ -37,7 +36,7 @@ def impatient(monkeypatch):
     monkeypatch.setattr(remote, "READ_TIMEOUT", 0.5)
 
 
-class FailingHandler(RangeHandler):
+class ObedientHandler(FailingHandler):
     """Fails as `faults` (of requests for a range) and `opening_faults` (of others) say, then serves."""
 
     faults: ClassVar[list[str]] = []
@@ -45,9 +44,8 @@ class FailingHandler(RangeHandler):
     served: ClassVar[dict[str, int]] = {}  # ranges of a file that are served before it fails for good
     out_after: ClassVar[dict[str, Path]] = {}  # a file is not served any more once that path exists
     requests: ClassVar[list[tuple[str, str]]] = []
-    end = threading.Event()
 
-    def do_GET(self):  # noqa: N802
+    def next_fault(self):
         name, is_range = Path(self.path).name, "Range" in self.headers
         self.requests.append((self.command, name))
         faults = self.faults if is_range else self.opening_faults
@@ -55,75 +53,20 @@ class FailingHandler(RangeHandler):
         if is_range and name in self.served:
             self.served[name] -= 1
             fault = "503" if self.served[name] < 0 else fault
-        if name in self.out_after and self.out_after[name].exists():
-            fault = "503"
-        if fault.isdigit():
-            self.send_error(int(fault))
-        else:
-            getattr(self, fault)()
-
-    do_HEAD = do_GET  # noqa: N815
-
-    def none(self):
-        super().do_GET()
-
-    def part(self):
-        """Sends the headers and half of the body."""
-        connection, self.wfile = self.wfile, io.BytesIO()
-        super().do_GET()
-        answer, self.wfile = self.wfile.getvalue(), connection
-        self.wfile.write(answer[: (answer.index(b"\r\n\r\n") + len(answer)) // 2])
-
-    def cut(self):
-        self.part()
-
-    def reset(self):
-        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        self.rfile.close()
-        self.connection.close()
-
-    def reset_in_the_body(self):
-        self.part()
-        self.reset()
-
-    def silence(self):
-        self.end.wait()
-
-    def stall_in_the_body(self):
-        self.part()
-        self.silence()
-
-    def whole(self):
-        """A server that does not know ranges."""
-        del self.headers["Range"]
-        super().do_GET()
-
-    def page(self):
-        """A proxy's word in the place of the data, with a status that says that all is well."""
-        self.send_response(200)
-        self.send_header("Content-Length", "11")
-        self.end_headers()
-        self.wfile.write(b"<html>Sorry")
-
-    def other_range(self):
-        """A well-formed answer, shorter than the range that was asked for."""
-        first, last = map(int, self.headers["Range"].removeprefix("bytes=").split("-"))
-        self.headers.replace_header("Range", f"bytes={first}-{last - 1}")
-        super().do_GET()
+        is_out = name in self.out_after and self.out_after[name].exists()
+        return "503" if is_out else fault
 
 
 @pytest.fixture
 def server(tmp_path):
     """(handler class, URL, folder that is served)"""
 
-    class Handler(FailingHandler):
+    class Handler(ObedientHandler):
         faults, opening_faults, served, out_after, requests = [], [], {}, {}, []
-        end = threading.Event()
 
     (tmp_path / "served").mkdir()
     with serve_folder(tmp_path / "served", Handler) as url:
         yield Handler, url, tmp_path / "served"
-        Handler.end.set()
 
 
 FAULTS = ["cut", "reset", "reset_in_the_body", "silence", "stall_in_the_body", "whole", "page", "other_range"]
