@@ -208,6 +208,7 @@ def test_a_run_that_cannot_read_saves_its_last_step_and_resumed_equals_one_witho
     handler, url, folder = server
     write_parquet(folder, shards(*SIZES))
     more = {"seed": seed, "per_device_train_batch_size": batch_size, "gradient_accumulation_steps": accumulation}
+    more["mi_gate_threshold"] = 1.38
     run = settings(url, tmp_path, dataloader_num_workers=num_workers, **more)
     last_step, rest = divmod(position_of_the_lonely_row(seed), 30)
     assert last_step > 0
@@ -226,6 +227,8 @@ def test_a_run_that_cannot_read_saves_its_last_step_and_resumed_equals_one_witho
     assert pretrain(tmp_path / "parts", "--resume_from_checkpoint", "latest", **run) == 0
     assert pretrain(tmp_path / "whole", **run) == 0
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    active = series(tmp_path / "whole", "mi_active")[last_step + 1]
+    assert (0 < active < 1) == (accumulation > 1)  # then the gate opened in the very step that failed
 
 
 def test_a_run_that_cannot_read_its_first_batch_saves_nothing(server, tmp_path):

@@ -122,6 +122,7 @@ class Pretrainer:
         self.approximator_parameters = [p for name, p in trainable if name.startswith("approximator.")]
         self.other_parameters = [p for name, p in trainable if not name.startswith("approximator.")]
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        self.buffers = list(model.buffers())
 
         self._agreement = Agreement()
         self.progress = Progress()
@@ -189,7 +190,7 @@ class Pretrainer:
 
     def _step(self, batches: Iterator[dict[str, Any]]) -> None:
         scalars = torch.zeros(len(OUTPUT_SCALARS), device=self.accelerator.device)
-        before = random_state(), {name: buffer.clone() for name, buffer in self.unwrapped.named_buffers()}
+        before = random_state(), [buffer.clone() for buffer in self.buffers]
         for micro_step in range(1, self.gradient_accumulation_steps + 1):
             try:
                 batch = self._next(batches)
@@ -235,11 +236,11 @@ class Pretrainer:
             words += f"; --resume_from_checkpoint latest goes on after step {step}"
         raise BatchError(words) from failure
 
-    def _undo_forward_passes(self, random: dict[str, torch.Tensor], buffers: dict[str, torch.Tensor]) -> None:
+    def _undo_forward_passes(self, random: dict[str, torch.Tensor], buffers: list[torch.Tensor]) -> None:
         """Puts back the random state and the buffers, such as the gate, that an unfinished step has changed."""
         set_random_state(random)
-        for name, buffer in self.unwrapped.named_buffers():
-            buffer.copy_(buffers[name])
+        for buffer, before in zip(self.buffers, buffers, strict=True):
+            buffer.copy_(before)
 
     def _forward_backward(self, batch: dict[str, Any]) -> torch.Tensor:
         """The output's scalars, detached, in `OUTPUT_SCALARS`' order."""
