@@ -4,8 +4,9 @@ import random
 import signal
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from .serving import FailingHandler, serve_folder
 
 SIZES = (59,) * 23 + (80,)  # more files than are kept open, so that they are fetched again and again
 FAULTS_BEFORE_THE_BODY = ("reset", "silence", "429", "500", "503")
-FAULTS = (*FAULTS_BEFORE_THE_BODY, "cut", "reset_in_the_body", "stall_in_the_body")
+FAULTS = ("cut", "reset_in_the_body", "stall_in_the_body", *FAULTS_BEFORE_THE_BODY)
 IMPATIENCE = Impatience(between_tries=0.1, for_an_answer=1.0)
 BOUND = 120.0  # seconds in which a run must end that cannot read on
 STEPS = 44
@@ -37,14 +38,15 @@ class Weather:
         self.fault_rate, self.is_out = 0.0, False
         self.faults: Counter[str] = Counter()
         self._chance = random.Random(seed)
+        self._turns = {kinds: cycle(kinds) for kinds in (FAULTS, FAULTS_BEFORE_THE_BODY)}
 
-    def next_fault(self, possible: Sequence[str]) -> str:
-        """What happens to a request."""
+    def next_fault(self, possible: tuple[str, ...]) -> str:
+        """What happens to a request: one of these, by turns."""
         if self.is_out:
             return "reset"
         if self._chance.random() >= self.fault_rate:
             return "none"
-        fault = self._chance.choice(possible)
+        fault = next(self._turns[possible])
         self.faults[fault] += 1
         return fault
 

@@ -26,7 +26,7 @@ PATIENCE = 300.0  # seconds that any single wait may take before it counts as a 
 TIMINGS = {"seconds_per_step", "images_per_second", "views_per_second"}
 GRACE = 10.0  # seconds in which workers notice that the process they work for is gone
 
-_runs: list["Run"] = []
+_runs: set["Run"] = set()
 _no_more = threading.Event()
 
 
@@ -84,7 +84,7 @@ class Run:
             self.launch(options, argv, self._environment(rank, port), self.folder / "log.txt")
             for rank in range(self.num_processes)
         ]
-        _runs.append(self)
+        _runs.add(self)
 
     def _environment(self, rank: int, port: int) -> dict[str, str]:
         """What `accelerate launch` and `torchrun` tell each process."""
@@ -198,7 +198,7 @@ def end_runs(folder: Path | None = None) -> None:
     for run in list(_runs):
         if folder is None or run.folder.is_relative_to(folder):
             run.kill()
-            _runs.remove(run)
+            _runs.discard(run)
 
 
 def _as_argv(flags: dict[str, Any]) -> list[str]:
