@@ -5,6 +5,7 @@ python -m mimae.drills kills nan      # these, and their rows anew
 """
 
 import argparse
+import logging
 import os
 import shutil
 import signal
@@ -16,6 +17,8 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import partial
 from pathlib import Path
+
+import datasets
 
 from .catalogue import ALONE, Drill, drills
 from .outcome import Outcome
@@ -40,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     jobs = arguments.jobs or min(MOST_AT_A_TIME, os.cpu_count() or 1)
     page = Report(order=list(every), jobs=jobs)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    datasets.disable_progress_bars()
+    logging.getLogger("mimae").setLevel(logging.ERROR)  # warnings of damage are what is asked for
     try:
         for part, at_a_time in (([n for n in names if n not in ALONE], jobs), ([n for n in names if n in ALONE], 1)):
             run_drills({name: every[name] for name in part}, at_a_time, page)

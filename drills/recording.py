@@ -103,7 +103,7 @@ def record_steps(recorder: Recorder) -> None:
 
 def digest(tensor: torch.Tensor) -> str:
     """Twelve digits that tell it from others."""
-    return hashlib.sha256(tensor.numpy().tobytes()).hexdigest()[:12]
+    return hashlib.sha256(tensor.cpu().numpy().tobytes()).hexdigest()[:12]
 
 
 def scale_pixels(scaling: Scaling, rank: int) -> None:

@@ -1,5 +1,7 @@
 """The drills of `make drills`, in small: fewer kills, and processes that are forked, not launched."""
 
+import json
+
 import pytest
 
 from mimae.drills.catalogue import drills
@@ -15,6 +17,7 @@ def test_drill(name, drill, tmp_path, forked_runs):
     if outcome.skipped:
         pytest.skip(outcome.skipped)
     assert outcome.passed, outcome
+    assert json.loads(json.dumps(vars(outcome)))["passed"] is True  # as the report keeps it
 
 
 def test_a_run_that_saw_or_learnt_something_else_is_not_equal(tmp_path, forked_runs):
