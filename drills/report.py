@@ -109,7 +109,7 @@ def circumstances(rows: dict[str, Row]) -> list[str]:
         facts = (row["date"], row["commit"], row["versions"], row["drills at a time"])
         together.setdefault(facts, []).append(name)
     return [
-        f"- {day}, commit {commit[:7]}{commit[40:]}, {versions}, {jobs} drill(s) at a time: {', '.join(names)}."
+        f"- {day}, commit {commit[:7]}{commit[40:]}, {versions}, at most {jobs} drills at a time: {', '.join(names)}."
         for (day, commit, versions, jobs), names in together.items()
     ]
 
