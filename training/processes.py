@@ -37,6 +37,10 @@ class Agreement:
         dist.all_reduce(shared, op=dist.ReduceOp.MAX, group=self._group)
         return int(shared)
 
+    def close(self) -> None:
+        """Lets go of the group: one that outlives the processes' own may keep a process from ending (torch 2.11)."""
+        self._group = None
+
 
 def on_main_process(compute: Callable[[], Result]) -> Result:
     """What the main process computes, on all processes."""

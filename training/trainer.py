@@ -163,6 +163,7 @@ class Pretrainer:
                 self._run_steps(batches)
         finally:
             self.metrics.close()
+            self._agreement.close()
 
     def _owes_evaluation(self) -> bool:
         """Before the first step, and where a run was ended between a checkpoint and the evaluation that follows it."""
