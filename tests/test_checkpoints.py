@@ -22,9 +22,11 @@ from mimae.training.checkpoints import (
     OutputDirInUseError,
     OutputDirLock,
     load_optimizer,
+    load_process_states,
     load_tensors,
     random_state,
     save_optimizer,
+    save_process_states,
     set_random_state,
     verify,
     write_json,
@@ -436,3 +438,9 @@ def test_of_a_run_of_another_model_no_more_is_said_than_that():
     with pytest.raises(ValueError, match=r"trains a 'mimae', these flags a 'misimmim'.*--config") as error:
         checkpoints.refuse_other_settings({"hidden_size": 32}, {"model_type": "misimmim", "embed_dim": 16})
     assert "embed_dim" not in str(error.value)
+
+
+def test_each_process_gets_its_own_state_back_where_there_are_more_than_ten(tmp_path):
+    states = [{"cpu": torch.full((1,), rank)} for rank in range(12)]
+    save_process_states(tmp_path, states)
+    assert [state["cpu"].item() for state in load_process_states(tmp_path)] == list(range(12))

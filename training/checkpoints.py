@@ -398,6 +398,18 @@ def set_random_state(state: dict[str, torch.Tensor]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
+def save_process_states(folder: Path, states: list[dict[str, torch.Tensor]]) -> None:
+    """Write what each process has of its own, in the order of ranks."""
+    for rank, state in enumerate(states):
+        save_file(state, folder / f"process_{rank}.safetensors")
+
+
+def load_process_states(folder: Path) -> list[dict[str, torch.Tensor]]:
+    """The inverse of `save_process_states`. Raises: CheckpointError."""
+    num_processes = len(list(folder.glob("process_*.safetensors")))
+    return [load_tensors(folder / f"process_{rank}.safetensors") for rank in range(num_processes)]
+
+
 def load_tensors(path: str | os.PathLike) -> dict[str, torch.Tensor]:
     """The tensors of a safetensors file, in memory of their own.
 

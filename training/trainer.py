@@ -15,7 +15,6 @@ from typing import Any, NoReturn
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from safetensors.torch import save_file
 from torch import nn
 
 from ..data.loaders import PretrainingLoader
@@ -25,11 +24,13 @@ from .checkpoints import (
     CheckpointError,
     CheckpointStore,
     load_optimizer,
+    load_process_states,
     load_tensors,
     random_state,
     read_json,
     refuse_other_settings,
     save_optimizer,
+    save_process_states,
     set_random_state,
     write_json,
 )
@@ -335,8 +336,7 @@ class Pretrainer:
     def _write(self, folder: Path, states: list[dict[str, torch.Tensor]]) -> None:
         self.save_model(folder)
         save_optimizer(folder, self.optimizer.optimizer, self.parameter_names)
-        for rank, state in enumerate(states):
-            save_file(state, folder / f"process_{rank}.safetensors")
+        save_process_states(folder, states)
         scaler = self.accelerator.scaler
         trainer_state = {
             "progress": asdict(self.progress),
@@ -364,7 +364,7 @@ class Pretrainer:
         if self.accelerator.scaler is not None and state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.known_bad_images = state.get("bad_images")  # older checkpoints have none
-        self._resume_process([load_tensors(path) for path in sorted(checkpoint.glob("process_*.safetensors"))])
+        self._resume_process(load_process_states(checkpoint))
         logger.info("resumed from %s: %s", checkpoint, self.progress)
 
     def _resume_process(self, states: list[dict[str, torch.Tensor]]) -> None:
