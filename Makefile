@@ -4,7 +4,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 OUTPUT_DIR ?= outputs/demo
 
-.PHONY: install demo test test-slow drills lint format clean
+.PHONY: install demo test test-slow drills bench lint format clean
 
 install: $(INSTALLED)
 
@@ -25,6 +25,10 @@ test-slow: install
 
 drills: install
 	$(BIN)/python -m mimae.drills
+
+bench: install
+	$(BIN)/pip install --quiet --editable '.[dev,bench]'
+	$(BIN)/python -m mimae.benchmarks
 
 lint: install
 	$(BIN)/ruff check .
