@@ -75,6 +75,7 @@ def multi_mask_ids(noise: torch.Tensor, num_masks: int, num_visible: int) -> tor
 
 def masks_from_ids(ids_shuffle: torch.Tensor, num_visible: int) -> tuple[torch.Tensor, torch.Tensor]:
     """`mask` (B, N, L), float, 0 is keep and 1 is remove, and `ids_restore` (B, N, L), the inverse permutation."""
-    ids_restore = ids_shuffle.argsort(dim=-1)
+    places = torch.arange(ids_shuffle.shape[-1], device=ids_shuffle.device).expand_as(ids_shuffle)
+    ids_restore = torch.empty_like(ids_shuffle).scatter_(-1, ids_shuffle, places)
     mask = (ids_restore >= num_visible).float()
     return mask, ids_restore

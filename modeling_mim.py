@@ -49,6 +49,7 @@ class MaskedOutput(ModelOutput):
 
     last_hidden_state: (B·N, T, D), all tokens that were encoded.
     latent_vector (B, N, D), visible_embeddings (B, N, V, D), mask and ids_restore (B, N, L).
+    ids_visible (B, N, V), ids_masked (B, N, L-V): the units, in the order in which each mask takes them.
     hidden_states, attentions: over B·N.
     """
 
@@ -57,6 +58,8 @@ class MaskedOutput(ModelOutput):
     visible_embeddings: torch.FloatTensor | None = None
     mask: torch.FloatTensor | None = None
     ids_restore: torch.LongTensor | None = None
+    ids_visible: torch.LongTensor | None = None
+    ids_masked: torch.LongTensor | None = None
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
     attentions: tuple[torch.FloatTensor, ...] | None = None
 
@@ -69,7 +72,7 @@ class MIMForPreTrainingOutput(ModelOutput):
     objective: Eq. 11, λ1·L_rec + gate·(λ2·L_max + λ3·L_min).
     reconstruction_loss, mi_max_loss, mi_min_loss, approximation_loss: Eq. 1, 8, 10, 9.
     mi_active: the gate, 1 where the information terms counted.
-    logits (B, N, L, P), mask and ids_restore (B, N, L), latent_vector (B, N, D).
+    logits (B, N, L, P), None if not asked for; mask and ids_restore (B, N, L), latent_vector (B, N, D).
     latent_norm: mean of ‖ẑ‖. min_variance, dead_variance_fraction: V's smallest variance, and the share of its
         variance units that are 0 on the whole batch (both 0 where there is no V).
     hidden_states, attentions: of the encoder, over B·N.
@@ -113,14 +116,14 @@ def gather_patches(sequence: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
 
 def draw_masks(
     config: MIMConfigMixin, batch_size: int, num_patches: int, noise: torch.Tensor | None, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, int]:
     """The masks of a batch, as `config` has them.
 
     Args:
         noise: (B, L), or (B, N, L) for independent masks: what the masks are cut from; None = drawn here.
 
     Returns:
-        `ids_visible` (B, N, V), `mask` and `ids_restore` (B, N, L).
+        `ids_shuffle` (B, N, L), the visible units of each mask first, and V, how many they are.
 
     Raises:
         ValueError: noise of another shape than `config.mask_strategy` needs.
@@ -131,8 +134,7 @@ def draw_masks(
     elif noise.shape != noise_shape:
         raise ValueError(f"noise {tuple(noise.shape)} must be {noise_shape} for {config.mask_strategy} masks")
     num_visible = num_visible_patches(num_patches, config.mask_ratio, config.num_masks)
-    ids_shuffle = multi_mask_ids(noise, config.num_views, num_visible)  # (B, N, L)
-    return ids_shuffle[..., :num_visible], *masks_from_ids(ids_shuffle, num_visible)
+    return multi_mask_ids(noise, config.num_views, num_visible), num_visible
 
 
 def check_image_size(
@@ -250,9 +252,13 @@ class MIMEncoderMixin:
         check_image_size(config, (height, width), interpolate_pos_encoding, divisor=config.unit_field)
         num_patches = (height // config.unit_size) * (width // config.unit_size)
         patches = self.embeddings.embed_patches(pixel_values, interpolate_pos_encoding)
-        ids_visible, mask, ids_restore = draw_masks(config, len(patches), num_patches, noise, patches.device)
+        ids_shuffle, num_visible = draw_masks(config, len(patches), num_patches, noise, patches.device)
+        ids_visible, ids_masked = ids_shuffle.tensor_split([num_visible], dim=-1)
+        mask, ids_restore = masks_from_ids(ids_shuffle, num_visible)
         views = self.encode_views(patches, ids_visible, mask, return_dict=True, **kwargs)
-        return MaskedOutput(**views, mask=mask, ids_restore=ids_restore)
+        return MaskedOutput(
+            **views, mask=mask, ids_restore=ids_restore, ids_visible=ids_visible, ids_masked=ids_masked
+        )
 
 
 class MIMForPreTrainingMixin:
@@ -287,6 +293,7 @@ class MIMForPreTrainingMixin:
         pixel_values: torch.Tensor,
         noise: torch.Tensor | None = None,
         interpolate_pos_encoding: bool = False,
+        return_logits: bool = True,
         **kwargs,
     ) -> MIMForPreTrainingOutput:
         """Algorithm 1 for one batch.
@@ -295,6 +302,7 @@ class MIMForPreTrainingMixin:
             pixel_values: (B, C, H, W), normalised.
             noise: (B, L), or (B, N, L) for independent masks: what the masks are cut from; None = drawn here.
             interpolate_pos_encoding: take images of another size than the configuration's.
+            return_logits: also predict the visible units, which no loss needs; training goes without.
 
         Raises:
             ValueError: see `check_image_size` and `draw_masks`.
@@ -303,9 +311,13 @@ class MIMForPreTrainingMixin:
         views = self.base_model.forward_masked(
             pixel_values, noise, interpolate_pos_encoding, return_dict=True, **kwargs
         )
-        logits = self.decode(views, pixel_values.shape[-2:])  # (B, N, L, P)
+        if return_logits:
+            logits = self.decode(views, pixel_values.shape[-2:])  # (B, N, L, P)
+            predicted = gather_patches(logits, views.ids_masked)  # (B, N, L-V, P)
+        else:
+            logits, predicted = None, self.decode_masked(views, pixel_values.shape[-2:])
 
-        reconstruction_loss = self.reconstruction_loss(pixel_values, logits, views.mask)
+        reconstruction_loss = self.reconstruction_loss(pixel_values, predicted, views.ids_masked)
         terms = self.information_terms(views.latent_vector, views.visible_embeddings)
         gate = self.mi_gate(reconstruction_loss)
 
@@ -333,6 +345,10 @@ class MIMForPreTrainingMixin:
             attentions=views.attentions,
         )
 
+    def decode_masked(self, views: MaskedOutput, image_size: tuple[int, int]) -> torch.Tensor:
+        """Pixels of the masked units alone, (B, N, L-V, P), in the order of `ids_masked`."""
+        return gather_patches(self.decode(views, image_size), views.ids_masked)
+
     def patchify(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) → (B, L, P), of any size that the units divide."""
         return patchify(pixel_values, self.config.unit_size)
@@ -342,13 +358,18 @@ class MIMForPreTrainingMixin:
         return unpatchify(patches, self.config.unit_size, original_image_size or self.config.image_size_2d)
 
     def reconstruction_loss(
-        self, pixel_values: torch.Tensor, logits: torch.Tensor, mask: torch.Tensor
+        self, pixel_values: torch.Tensor, predicted: torch.Tensor, ids_masked: torch.Tensor
     ) -> torch.Tensor:
-        """Eq. 1: mean error of a unit's pixels, averaged over the masked units of each view, then over views."""
-        target = self.reconstruction_target(pixel_values).unsqueeze(1)  # (B, 1, L, P)
-        per_unit = self.pixel_error(logits.float() - target).mean(dim=-1)  # (B, N, L)
-        per_view = (per_unit * mask).sum(dim=-1) / mask.sum(dim=-1)  # (B, N)
-        return per_view.mean()
+        """Eq. 1: mean error of a unit's pixels, averaged over the masked units of each view, then over views.
+
+        Every view has the same number of masked units, so that one mean over all is the same.
+
+        Args:
+            predicted: (B, N, L-V, P), of the masked units in the order of `ids_masked` (B, N, L-V).
+        """
+        targets = self.reconstruction_target(pixel_values).unsqueeze(1)  # (B, 1, L, P)
+        targets = gather_patches(targets.expand(-1, predicted.shape[1], -1, -1), ids_masked)  # (B, N, L-V, P)
+        return self.pixel_error(predicted.float() - targets).mean()
 
     def reconstruction_target(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Pixels by unit (B, L, P), float32, each unit normalised by its own statistics under `norm_pix_loss`."""

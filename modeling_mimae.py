@@ -15,6 +15,7 @@ B images, N masks, L patches, V visible patches per mask, D width, P = patch_siz
 """
 
 from collections.abc import Callable
+from copy import deepcopy
 
 import torch
 from torch import nn
@@ -22,6 +23,7 @@ from transformers import ViTMAEForPreTraining, ViTMAEModel
 from transformers import initialization as init
 from transformers.conversion_mapping import WeightRenaming, register_checkpoint_conversion_mapping
 from transformers.models.dinov2.modeling_dinov2 import Dinov2DropPath
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.vit_mae.modeling_vit_mae import (
     ViTMAEAttention,
     ViTMAEDecoder,
@@ -29,6 +31,7 @@ from transformers.models.vit_mae.modeling_vit_mae import (
     ViTMAELayer,
     ViTMAEPreTrainedModel,
     build_2d_sinusoidal_position_embedding,
+    eager_attention_forward,
 )
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
@@ -124,37 +127,88 @@ class MIMAEEmbeddings(ViTMAEEmbeddings):
         return interpolate_positions(self.position_embeddings, self.config.grid_size, grid_size)
 
 
-class MIMAEDecoder(ViTMAEDecoder):
-    """ViTMAE's decoder, for any grid and with all views of an image side by side."""
+class MIMAEDecoderLayer(ViTMAELayer):
+    """ViTMAE's block, which can leave out what becomes of the first tokens; to the others they stay keys and values."""
 
-    def initialize_weights(self, num_patches: int):
-        """ViTMAE's constructor calls this and fails on a grid that is not square; `_init_weights` does the work."""
+    def forward(self, hidden_states: torch.Tensor, first_query: int = 0) -> torch.Tensor:
+        """(B·N, T, D) → (B·N, T - first_query, D)."""
+        normalised = self.layernorm_before(hidden_states)
+        hidden_states = hidden_states[:, first_query:] + self.dropout(self.attend(normalised, first_query))
+        return hidden_states + self.dropout(self.mlp(self.layernorm_after(hidden_states)))
+
+    def attend(self, tokens: torch.Tensor, first_query: int) -> torch.Tensor:
+        """Attention of the tokens from `first_query` on to all."""
+        module = self.attention
+        query, key, value = (
+            projection(asked).unflatten(-1, (module.num_attention_heads, -1)).transpose(1, 2)  # (B·N, A, T, d)
+            for projection, asked in (
+                (module.q_proj, tokens[:, first_query:]),
+                (module.k_proj, tokens),
+                (module.v_proj, tokens),
+            )
+        )
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(module.config._attn_implementation, eager_attention_forward)
+        dropout = module.attention_dropout if self.training else 0.0
+        output, _ = attention(module, query, key, value, None, dropout=dropout, scaling=module.scaling)
+        return module.o_proj(output.flatten(2))
+
+
+class MIMAEDecoder(ViTMAEDecoder):
+    """ViTMAE's decoder, for any grid, with all views of an image side by side, and for the masked patches alone.
+
+    Attention does not mind the order of tokens, so they stay in that of the mask: class token, visible, masked.
+    """
+
+    def __init__(self, config: MIMAEConfig, num_patches: int):
+        nn.Module.__init__(self)
+        width = config.decoder_hidden_size
+        self.config = deepcopy(config)
+        self.config.hidden_size, self.config.intermediate_size = width, config.decoder_intermediate_size
+        self.config.num_hidden_layers = config.decoder_num_hidden_layers
+        self.config.num_attention_heads = config.decoder_num_attention_heads
+
+        self.decoder_embed = nn.Linear(config.hidden_size, width)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.decoder_pos_embed = nn.Parameter(torch.zeros(1, 1 + num_patches, width), requires_grad=False)
+        self.decoder_layers = nn.ModuleList(
+            MIMAEDecoderLayer(self.config) for _ in range(config.decoder_num_hidden_layers)
+        )
+        self.decoder_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.decoder_pred = nn.Linear(width, config.patch_size**2 * config.num_channels)
 
     def forward(
-        self, latent: torch.Tensor, ids_restore: torch.Tensor, grid_size: tuple[int, int], source_grid: tuple[int, int]
+        self,
+        latent: torch.Tensor,
+        ids_shuffle: torch.Tensor,
+        *,
+        first_predicted: int,
+        grid_size: tuple[int, int],
+        source_grid: tuple[int, int],
     ) -> torch.Tensor:
-        """Visible tokens back in their places, mask tokens elsewhere, pixels from all of them.
+        """Mask tokens beside the visible ones, each with the position of its patch; pixels from all of them.
 
         Args:
             latent: (B·N, 1+V, D).
-            ids_restore: (B, N, L).
+            ids_shuffle: (B, N, L), the visible patches of each view first.
+            first_predicted: the place in that order from which on patches are predicted: 0 for all.
             grid_size: of this image, in patches; source_grid: the one that the positions were made for.
 
         Returns:
-            logits (B, N, L, P).
+            Pixels (B, N, L - first_predicted, P), in that order.
         """
         tokens = self.decoder_embed(latent)  # (B·N, 1+V, D_dec)
-        class_token, visible = tokens[:, :1], tokens[:, 1:]
-        ids = ids_restore.flatten(0, 1)  # (B·N, L)
-        masked = self.mask_token.to(tokens.dtype).expand(ids.shape[0], ids.shape[1] - visible.shape[1], -1)
-        patches = gather_patches(torch.cat([visible, masked], dim=1), ids)  # (B·N, L, D_dec)
+        ids = ids_shuffle.flatten(0, 1)  # (B·N, L)
+        masked = self.mask_token.to(tokens.dtype).expand(len(ids), ids.shape[1] + 1 - tokens.shape[1], -1)
+        positions = interpolate_positions(self.decoder_pos_embed, source_grid, grid_size)[0]  # (1+L, D_dec)
+        places = nn.functional.pad(ids + 1, (1, 0))  # (B·N, 1+L), the class token's own first
+        hidden_states = torch.cat([tokens, masked], dim=1) + positions[places]  # (B·N, 1+L, D_dec)
 
-        hidden_states = torch.cat([class_token, patches], dim=1)
-        hidden_states = hidden_states + interpolate_positions(self.decoder_pos_embed, source_grid, grid_size)
-        for layer in self.decoder_layers:
+        *layers, last = self.decoder_layers
+        for layer in layers:
             hidden_states = layer(hidden_states)
-        logits = self.decoder_pred(self.decoder_norm(hidden_states))[:, 1:]  # (B·N, L, P)
-        return logits.unflatten(0, ids_restore.shape[:2])
+        predicted = last(hidden_states, first_query=1 + first_predicted)  # (B·N, L - first_predicted, D_dec)
+        pixels = self.decoder_pred(self.decoder_norm(predicted))
+        return pixels.unflatten(0, ids_shuffle.shape[:2])
 
 
 class MIMAEPreTrainedModel(MIMPreTrainedMixin, ViTMAEPreTrainedModel):
@@ -301,8 +355,21 @@ class MIMAEForPreTraining(MIMForPreTrainingMixin, MIMAEPreTrainedModel, ViTMAEFo
 
     def decode(self, views: MaskedOutput, image_size: tuple[int, int]) -> torch.Tensor:
         """Pixels of every patch, (B, N, L, P), from the encoded views of images of this (height, width)."""
-        grid_size = (image_size[0] // self.config.patch_size, image_size[1] // self.config.patch_size)
-        return self.decoder(views.last_hidden_state, views.ids_restore, grid_size, self.config.grid_size)
+        return gather_patches(self._decode_from(views, image_size, 0), views.ids_restore)
+
+    def decode_masked(self, views: MaskedOutput, image_size: tuple[int, int]) -> torch.Tensor:
+        """Pixels of the masked patches alone, (B, N, L-V, P), in the order of `ids_masked`."""
+        return self._decode_from(views, image_size, views.ids_visible.shape[-1])
+
+    def _decode_from(self, views: MaskedOutput, image_size: tuple[int, int], first_predicted: int) -> torch.Tensor:
+        patch_size = self.config.patch_size
+        return self.decoder(
+            views.last_hidden_state,
+            torch.cat([views.ids_visible, views.ids_masked], dim=-1),
+            first_predicted=first_predicted,
+            grid_size=(image_size[0] // patch_size, image_size[1] // patch_size),
+            source_grid=self.config.grid_size,
+        )
 
     def pixel_error(self, difference: torch.Tensor) -> torch.Tensor:
         """Eq. 1: the squared error."""

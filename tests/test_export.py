@@ -140,7 +140,8 @@ def assert_equal_features(model, found, images):
         tokens = official.eval().tokens(images)
         if isinstance(model, MIMAEForPreTraining):
             order = torch.arange(config.num_patches).expand(len(images), 1, -1)
-            pixels = model.decoder(expected[:, :6], order, config.grid_size, config.grid_size)[:, 0]
+            grids = {"grid_size": config.grid_size, "source_grid": config.grid_size}
+            pixels = model.decoder(expected[:, :6], order, first_predicted=0, **grids)[:, 0]
             torch.testing.assert_close(official.pixels(tokens, 5), pixels, rtol=0, atol=1e-5)
     elif isinstance(found, timm.models.VisionTransformer):
         tokens = found.eval().forward_features(images)

@@ -69,7 +69,7 @@ class Intervals:
 
 
 class Pretrainer:
-    """Trains a model whose output carries `loss` and the scalars of `OUTPUT_SCALARS`.
+    """Trains a model whose output carries `loss` and the scalars of `OUTPUT_SCALARS`, without its logits.
 
     Args:
         accelerator: devices, processes, precision, trackers.
@@ -248,7 +248,7 @@ class Pretrainer:
         """The output's scalars, detached, in `OUTPUT_SCALARS`' order."""
         device = self.accelerator.device
         pixel_values = self.normalize(batch["pixel_values"].to(device, non_blocking=True))
-        output = self.model(pixel_values, noise=batch["noise"].to(device, non_blocking=True))
+        output = self.model(pixel_values, noise=batch["noise"].to(device, non_blocking=True), return_logits=False)
         self.accelerator.backward(output.loss / self.gradient_accumulation_steps)
         return torch.stack([output[name].detach().float() for name in OUTPUT_SCALARS])
 
