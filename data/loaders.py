@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from .base import ImageSource, Row, RowSource
 from .decoding import BadImageError, decode_image
 from .order import SampleOrder, augmentation_seed, sample_noise
-from .randomness import random_state_kept, seed_random_state
+from .randomness import random_state_kept, seed_random_state, seed_torch
 
 logger = logging.getLogger(__name__)
 
@@ -159,6 +159,8 @@ class OrderedSamples(Dataset, ABC):
             Where targets are transformed, too: (image, target) -> (image, target).
     """
 
+    seed_generators = staticmethod(seed_random_state)  # those that the transform draws from
+
     def __init__(
         self,
         source: RowSource,
@@ -194,12 +196,14 @@ class OrderedSamples(Dataset, ABC):
         return decode_or_substitute(self.source, index, row, self._decode)
 
     def _augment(self, epoch: int, index: int, *inputs: Any) -> Any:
-        seed_random_state(augmentation_seed(self.seed, epoch, index))
+        self.seed_generators(augmentation_seed(self.seed, epoch, index))
         return self.transform(*inputs)
 
 
 class PretrainingSamples(OrderedSamples):
-    """Images with the noise that their masks are cut from."""
+    """Images with the noise that their masks are cut from; the transform draws from torch's default generator only."""
+
+    seed_generators = staticmethod(seed_torch)
 
     def __init__(self, source: ImageSource, plan: BatchPlan, *, noise_shape: tuple[int, ...], **options: Any):
         super().__init__(source, plan, **options)
@@ -246,7 +250,8 @@ class PretrainingLoader:
 
     Args:
         source: an `ImageSource`.
-        transform: module, uint8 (C, H, W) -> uint8 (C, h, w); see `OrderedSamples`.
+        transform: module, uint8 (C, H, W) -> uint8 (C, h, w), drawing from torch's default generator only; it is
+            seeded for each sample, and the caller's numbers stay where they were.
         num_channels: C.
         noise_shape: shape of the noise that one sample's masks are cut from.
         per_device_batch_size: B.
