@@ -42,7 +42,7 @@ def measure_steps(device: torch.device, *, quick: bool) -> tuple[Table, float, f
     """Loader and training step: the table, the worst share of waiting, and the worst rate beside synthetic batches."""
     on_gpu = device.type == "cuda"
     image_size, batch_size = (32, 2) if quick else (224, 256 if on_gpu else 4)
-    warm_up, steps = (1, 1) if quick else (40, 60) if on_gpu else (2, 8)
+    warm_up, steps = (1, 1) if quick else (40, 60) if on_gpu else (1, 4)
     step = TrainingStep(image_size, device)
     encoded = jpegs((2 if quick else 4) * batch_size, QUALITY)
     options = {"num_workers": number_of_workers(device), "pin_memory": on_gpu}
