@@ -21,7 +21,7 @@ def random_state_kept() -> Iterator[None]:
 
 
 def seed_torch(seed: int) -> None:
-    """Seeds torch's generator alone; numpy's would take fifty times as long."""
+    """Seeds torch's generator alone; the other two would take ten times as long."""
     # Not torch.manual_seed, which would also reseed the GPUs of a caller that loads in its own process.
     torch.default_generator.manual_seed(seed)
 
