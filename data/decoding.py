@@ -33,6 +33,7 @@ FORMATS = tuple(
 JPEG_START = b"\xff\xd8\xff"
 JPEG_FRAMES = {0xC0, 0xC1, 0xC2}  # baseline, extended, progressive
 JPEG_SEGMENTS = {0xC4, 0xDB, 0xDD, 0xFE, *range(0xE0, 0xF0)}  # tables, comments, application data
+SEVERAL_FRAMES = b"MPF\0"  # what the application data of an MPO begin with
 PNG_BIT_DEPTH = 24  # byte offset in the header that every PNG begins with
 PILLOW_MODE = {1: "L", 3: "RGB"}
 READ_MODE = {1: ImageReadMode.GRAY, 3: ImageReadMode.RGB}
@@ -104,7 +105,7 @@ def _is_plain_jpeg(encoded: bytes) -> bool:
             if marker in JPEG_FRAMES:
                 bits, height, width, components = struct.unpack_from(">BHHB", encoded, position + 4)
                 return bits == 8 and components in READ_MODE and 0 < height * width <= (Image.MAX_IMAGE_PIXELS or 0)
-            if marker not in JPEG_SEGMENTS:
+            if marker not in JPEG_SEGMENTS or encoded.startswith(SEVERAL_FRAMES, position + 4):
                 return False
             position += 2 + length
     except (IndexError, struct.error):  # it ends within its header

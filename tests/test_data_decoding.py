@@ -181,6 +181,11 @@ def test_whatever_stands_before_a_jpegs_frame_its_pixels_are_pillows_and_a_bomb_
         decode_image(with_header(jpeg_bomb(), header), 3)
 
 
+def test_the_grey_of_a_file_of_several_frames_is_that_of_its_colours():
+    encoded = encode(photograph(), "MPO", save_all=True, append_images=[photograph("coffee")])
+    assert torch.equal(decode_image(encoded, 1), pixels(Image.open(io.BytesIO(encoded)).convert("RGB"), "L"))
+
+
 def test_a_jpeg_that_ends_within_its_header_is_refused():
     encoded = encode(photograph())
     for end in range(1, 700):  # its header
