@@ -20,12 +20,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from .base import ImageSource, Row, RowSource
 from .decoding import BadImageError, decode_image
 from .order import SampleOrder, augmentation_seed, sample_noise
-from .randomness import random_state_kept, seed_random_state
+from .randomness import random_state_kept, seed_random_state, seed_torch
 
 logger = logging.getLogger(__name__)
 
@@ -159,6 +159,8 @@ class OrderedSamples(Dataset, ABC):
             Where targets are transformed, too: (image, target) -> (image, target).
     """
 
+    seed_generators = staticmethod(seed_random_state)  # those that the transform draws from
+
     def __init__(
         self,
         source: RowSource,
@@ -194,12 +196,14 @@ class OrderedSamples(Dataset, ABC):
         return decode_or_substitute(self.source, index, row, self._decode)
 
     def _augment(self, epoch: int, index: int, *inputs: Any) -> Any:
-        seed_random_state(augmentation_seed(self.seed, epoch, index))
+        self.seed_generators(augmentation_seed(self.seed, epoch, index))
         return self.transform(*inputs)
 
 
 class PretrainingSamples(OrderedSamples):
-    """Images with the noise that their masks are cut from."""
+    """Images with the noise that their masks are cut from; the transform draws from torch's default generator only."""
+
+    seed_generators = staticmethod(seed_torch)
 
     def __init__(self, source: ImageSource, plan: BatchPlan, *, noise_shape: tuple[int, ...], **options: Any):
         super().__init__(source, plan, **options)
@@ -209,7 +213,6 @@ class PretrainingSamples(OrderedSamples):
         decoded = self._decode_or_substitute(index, row)
         return {
             "pixel_values": self._augment(epoch, index, decoded.image),
-            "noise": torch.from_numpy(sample_noise(self.seed, epoch, index, self.noise_shape)),
             "index": index,
             "epoch": epoch,
             "bad_image": None if decoded.reason is None else self._bad_image(epoch, index, decoded),
@@ -224,13 +227,31 @@ class PretrainingSamples(OrderedSamples):
             "substitute": self.source.describe(decoded.index),
         }
 
+    def collate(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
+        """Stacks the samples of a process's batch, and draws their noise: at one go, not between two images.
+
+        A worker stacks straight into the memory that it shares with its caller.
+        """
+        noise = [torch.from_numpy(self._noise(sample["epoch"], sample["index"])) for sample in samples]
+        return {
+            "pixel_values": default_collate([sample["pixel_values"] for sample in samples]),  # (B, C, h, w)
+            "noise": default_collate(noise),  # (B, *noise_shape)
+            "index": torch.tensor([sample["index"] for sample in samples]),
+            "epoch": torch.tensor([sample["epoch"] for sample in samples]),
+            "bad_images": [sample["bad_image"] for sample in samples if sample["bad_image"]],
+        }
+
+    def _noise(self, epoch: int, index: int) -> np.ndarray:
+        return sample_noise(self.seed, epoch, index, self.noise_shape)
+
 
 class PretrainingLoader:
     """Endless batches for pre-training, the same whatever the number of processes and workers.
 
     Args:
         source: an `ImageSource`.
-        transform: module, uint8 (C, H, W) -> uint8 (C, h, w); see `OrderedSamples`.
+        transform: module, uint8 (C, H, W) -> uint8 (C, h, w), drawing from torch's default generator only; it is
+            seeded for each sample, and the caller's numbers stay where they were.
         num_channels: C.
         noise_shape: shape of the noise that one sample's masks are cut from.
         per_device_batch_size: B.
@@ -322,12 +343,13 @@ class PretrainingLoader:
             samples_used=self.samples_used,
             stride=max(1, self.num_workers),
         )
+        samples = PretrainingSamples(self.source, plan, seed=self.seed, **self.sample_options)
         # The stream never ends, so neither do its workers: nothing would be gained by persistent_workers.
         batches = iter(
             DataLoader(
-                PretrainingSamples(self.source, plan, seed=self.seed, **self.sample_options),
+                samples,
                 batch_sampler=plan.requests(epoch, position),
-                collate_fn=collate,
+                collate_fn=samples.collate,
                 num_workers=self.num_workers,
                 pin_memory=self.pin_memory,
                 generator=torch.Generator(),  # else the DataLoader draws from the caller's
@@ -369,17 +391,6 @@ def _end_workers() -> None:
     for daemon in daemons:
         daemon.join(max(0.0, deadline - time.monotonic()))
         daemon.kill()
-
-
-def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """Stacks the samples of a process's batch."""
-    return {
-        "pixel_values": torch.stack([sample["pixel_values"] for sample in samples]),  # (B, C, h, w)
-        "noise": torch.stack([sample["noise"] for sample in samples]),  # (B, *noise_shape)
-        "index": torch.tensor([sample["index"] for sample in samples]),
-        "epoch": torch.tensor([sample["epoch"] for sample in samples]),
-        "bad_images": [sample["bad_image"] for sample in samples if sample["bad_image"]],
-    }
 
 
 class EvaluationSamples(Dataset):

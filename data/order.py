@@ -17,6 +17,7 @@ promise of `Generator.permutation`. So an order, once drawn, can be drawn again 
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.random.bit_generator import ISeedSequence
 
 AUGMENTATION, NOISE, MIXING, CLASS = 1, 2, 3, 4
 
@@ -125,8 +126,18 @@ def _seed(seed: int, epoch: int, index: int, use: int) -> int:
     return int(_raw(seed, epoch, index, use, 1)[0] >> np.uint64(1))
 
 
+class _Key(ISeedSequence):
+    """Philox's key as it is: with `Philox(key=…)`, numpy asks the operating system for a seed first, and drops it."""
+
+    def __init__(self, seed: int, epoch: int):
+        self.words = np.array([seed, epoch], dtype=np.uint64)
+
+    def generate_state(self, n_words: int, dtype: type = np.uint64) -> np.ndarray:
+        return self.words
+
+
 def _raw(seed: int, epoch: int, index: int, use: int, count: int) -> np.ndarray:
-    return np.random.Philox(key=[seed, epoch], counter=[0, index, 0, use]).random_raw(count)
+    return np.random.Philox(_Key(seed, epoch), counter=[0, index, 0, use]).random_raw(count)
 
 
 def _permutation(n: int, seed: int, epoch: int, stream: int, use: int = 0) -> np.ndarray:

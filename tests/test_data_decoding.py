@@ -161,6 +161,38 @@ def jpeg_bomb():
     return bytes(encoded)
 
 
+def with_header(encoded, before_frame):
+    """A JPEG with more bytes between its first marker and the rest."""
+    return encoded[:2] + before_frame + encoded[2:]
+
+
+HEADERS = {
+    "comment": b"\xff\xfe\x00\x10" + b"\xff\xc0\x00\x0b\x08\x00\x01\x00\x01\x03" + b"....",  # reads as a frame
+    "application data": b"\xff\xe5\x00\x02",
+    "padding": b"\xff\xff\xff\xfe\x00\x02",
+}
+
+
+@pytest.mark.parametrize("header", HEADERS.values(), ids=HEADERS)
+def test_whatever_stands_before_a_jpegs_frame_its_pixels_are_pillows_and_a_bomb_is_a_bomb(header):
+    encoded = with_header(encode(photograph()), header)
+    assert torch.equal(decode_image(encoded, 3), pillow(encoded))
+    with pytest.raises(BadImageError, match="Bomb"):
+        decode_image(with_header(jpeg_bomb(), header), 3)
+
+
+def test_the_grey_of_a_file_of_several_frames_is_that_of_its_colours():
+    encoded = encode(photograph(), "MPO", save_all=True, append_images=[photograph("coffee")])
+    assert torch.equal(decode_image(encoded, 1), pixels(Image.open(io.BytesIO(encoded)).convert("RGB"), "L"))
+
+
+def test_a_jpeg_that_ends_within_its_header_is_refused():
+    encoded = encode(photograph())
+    for end in range(1, 700):  # its header
+        with pytest.raises(BadImageError):
+            decode_image(encoded[:end], 3)
+
+
 @pytest.mark.parametrize(
     ("encoded", "reason"),
     [
