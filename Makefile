@@ -27,7 +27,6 @@ drills: install
 	$(BIN)/python -m mimae.drills
 
 bench: install
-	$(BIN)/pip install --quiet --editable '.[dev,bench]'
 	$(BIN)/python -m mimae.benchmarks
 
 lint: install

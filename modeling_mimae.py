@@ -22,8 +22,8 @@ from torch import nn
 from transformers import ViTMAEForPreTraining, ViTMAEModel
 from transformers import initialization as init
 from transformers.conversion_mapping import WeightRenaming, register_checkpoint_conversion_mapping
-from transformers.models.dinov2.modeling_dinov2 import Dinov2DropPath
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.dinov2.modeling_dinov2 import Dinov2DropPath
 from transformers.models.vit_mae.modeling_vit_mae import (
     ViTMAEAttention,
     ViTMAEDecoder,
@@ -128,7 +128,7 @@ class MIMAEEmbeddings(ViTMAEEmbeddings):
 
 
 class MIMAEDecoderLayer(ViTMAELayer):
-    """ViTMAE's block, which can leave out what becomes of the first tokens; to the others they stay keys and values."""
+    """ViTMAE's block, which can leave out what becomes of the first tokens; to the others they are keys and values."""
 
     def forward(self, hidden_states: torch.Tensor, first_query: int = 0) -> torch.Tensor:
         """(B·N, T, D) → (B·N, T - first_query, D)."""

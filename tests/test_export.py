@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,9 +14,6 @@ import torch
 from references import TINY
 from safetensors import safe_open
 from test_checkpoint_loading import write as write_vit_mae
-from timm.layers import PatchEmbed
-from timm.models.vision_transformer import Block
-from torch import nn
 from transformers import (
     AutoImageProcessor,
     ViTForImageClassification,
@@ -28,6 +24,7 @@ from transformers import (
 )
 
 from mimae import MIMAEConfig, MIMAEForImageClassification, MIMAEForPreTraining, MIMAEModel
+from mimae.benchmarks.official_mae import OfficialMAE
 from mimae.hub import formats, official_mae
 from mimae.hub.export import TOLERANCE, ExportError, export_checkpoint, largest_difference, main
 from mimae.hub.official_mae import official_state
@@ -46,44 +43,7 @@ TARGETS = {
 }
 
 
-class OfficialMAE(nn.Module):
-    """facebookresearch/mae, models_mae.py: its modules under its names, put together from timm's parts; unmasked."""
-
-    def __init__(self, image_size, patch_size=4, channels=3, width=32, depth=2, heads=4, decoder=(16, 1, 2)):
-        super().__init__()
-        norm = {"norm_layer": partial(nn.LayerNorm, eps=1e-6)}
-        self.patch_embed = PatchEmbed(image_size, patch_size, channels, width)
-        self.cls_token = nn.Parameter(torch.empty(1, 1, width))
-        self.pos_embed = nn.Parameter(torch.empty(1, 1 + self.patch_embed.num_patches, width))
-        self.blocks = nn.ModuleList(Block(width, heads, 2.0, qkv_bias=True, **norm) for _ in range(depth))
-        self.norm = nn.LayerNorm(width, eps=1e-6)
-        if decoder:
-            decoder_width, decoder_depth, decoder_heads = decoder
-            blocks = (Block(decoder_width, decoder_heads, 2.0, qkv_bias=True, **norm) for _ in range(decoder_depth))
-            self.decoder_embed = nn.Linear(width, decoder_width)
-            self.mask_token = nn.Parameter(torch.empty(1, 1, decoder_width))
-            self.decoder_pos_embed = nn.Parameter(torch.empty(1, self.pos_embed.shape[1], decoder_width))
-            self.decoder_blocks = nn.ModuleList(blocks)
-            self.decoder_norm = nn.LayerNorm(decoder_width, eps=1e-6)
-            self.decoder_pred = nn.Linear(decoder_width, patch_size**2 * channels)
-
-    def tokens(self, images):
-        """(B, C, H, W) → (B, 1+L, D)."""
-        x = self.patch_embed(images) + self.pos_embed[:, 1:]
-        cls_token = self.cls_token + self.pos_embed[:, :1]
-        x = torch.cat([cls_token.expand(len(x), -1, -1), x], dim=1)
-        for block in self.blocks:
-            x = block(x)
-        return self.norm(x)
-
-    def pixels(self, tokens, num_visible):
-        """Of the class token and the first patches, the others masked: (B, 1+L, D) → (B, L, P)."""
-        x = self.decoder_embed(tokens[:, : 1 + num_visible])
-        masked = self.mask_token.expand(len(x), self.pos_embed.shape[1] - x.shape[1], -1)
-        x = torch.cat([x, masked], dim=1) + self.decoder_pos_embed
-        for block in self.decoder_blocks:
-            x = block(x)
-        return self.decoder_pred(self.decoder_norm(x))[:, 1:]
+TINY_OFFICIAL = {"width": 32, "depth": 2, "heads": 4, "mlp_ratio": 2.0, "decoder": (16, 1, 2)}
 
 
 @torch.no_grad()
@@ -95,8 +55,8 @@ def randomized(model):
 
 
 @torch.no_grad()
-def official_model(*args, **sizes):
-    model = OfficialMAE(*args, **sizes)
+def official_model(image_size, patch_size=4, channels=3, **sizes):
+    model = OfficialMAE(image_size, patch_size, channels, **{**TINY_OFFICIAL, **sizes})
     for parameter in model.parameters():
         parameter.normal_(std=0.2)
     return model.eval()
@@ -134,8 +94,8 @@ def assert_equal_features(model, found, images):
     expected = model.encode(images).last_hidden_state
     if isinstance(found, dict):
         config = model.config
-        decoder = (16, 1, 2) if "mask_token" in found else None
-        official = OfficialMAE(config.image_size_2d, config.patch_size, config.num_channels, decoder=decoder)
+        sizes = TINY_OFFICIAL if "mask_token" in found else {**TINY_OFFICIAL, "decoder": None}
+        official = OfficialMAE(config.image_size_2d, config.patch_size, config.num_channels, **sizes)
         official.load_state_dict(found)
         tokens = official.eval().tokens(images)
         if isinstance(model, MIMAEForPreTraining):

@@ -234,6 +234,22 @@ def test_gradient_checkpointing_changes_no_loss_and_no_gradient(build):
             torch.testing.assert_close(p.grad, expected[name], msg=name)
 
 
+def test_training_without_logits_learns_the_same(build):
+    torch.manual_seed(0)
+    model = build(mi_gate_threshold=None).double()
+    pixel_values, noise = images().double(), torch.rand(3, *model.config.noise_shape)
+    found = []
+    for return_logits in (True, False):
+        output = model(pixel_values, noise=noise, return_logits=return_logits)
+        assert (output.logits is not None) == return_logits
+        found.append((output.loss, gradients(model, output.loss)))
+    (whole, of_whole), (masked, of_masked) = found
+    torch.testing.assert_close(masked, whole, rtol=1e-12, atol=0)
+    assert of_masked.keys() == of_whole.keys()
+    for name, gradient in of_whole.items():
+        torch.testing.assert_close(of_masked[name], gradient, rtol=1e-9, atol=1e-12)
+
+
 def test_autocast_keeps_the_loss_terms_in_float32(build):
     model = build(mi_gate_threshold=None)
     pixel_values, noise = images(), torch.rand(3, NUM_UNITS)

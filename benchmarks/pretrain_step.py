@@ -1,0 +1,294 @@
+"""Masked views per second of a pre-training step: this project beside transformers, the official model and lightly.
+
+All have the same views a step: an image of ours has N of them, an image of the others one. What is timed is the
+forward pass alone, or forward, backward, the gradient's norm or clipping as each does it, and fused AdamW.
+"""
+
+import multiprocessing
+import re
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from .contestants import FULL, OURS, PLAIN, PRECISIONS, WITHOUT_TERMS, Contestant, contestants
+from .measurement import Bar, Measurement, Table
+from .measuring import matmul_rate, ratio, settle, take_turns
+from .peers import PEERS, Official, check_peers, plain_config
+
+STOCK, OFFICIAL = "transformers", "official"
+SOME = (FULL, STOCK, OFFICIAL)
+DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
+COLUMNS = ("", "precision", "mode", "views/s, forward", "views/s, step", "x transformers eager", "% of matrix rate")
+Seconds = dict[str, list[float]]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured on a kind of machine.
+
+    Args:
+        views: of a step, by preset. Of the first preset all contestants are timed, compiled ones too; of others some.
+        rounds: of the first preset, and of the others.
+        terms_images: images of four views where the cost of the information terms is measured.
+        memory_views: views of two steps; what the larger takes more is memory per view.
+        memory_of: contestants whose memory is measured.
+        compiled: contestants that are timed compiled, too.
+        fields: of the configuration, in place of the preset's.
+    """
+
+    views: dict[str, int]
+    rounds: tuple[int, int]
+    terms_images: int
+    memory_views: tuple[int, int]
+    memory_of: tuple[str, ...] = (PLAIN, FULL, *PEERS)
+    compiled: tuple[str, ...] = ()
+    fields: dict[str, Any] = field(default_factory=dict)
+
+
+PLANS = {
+    "cpu": Plan(
+        {"vit-base": 40, "vit-tiny": 80, "vit-small": 80, "vit-large": 8},
+        rounds=(4, 2),
+        terms_images=64,
+        memory_views=(8, 24),
+        compiled=(FULL, STOCK),
+    ),
+    "cuda": Plan(
+        {"vit-base": 640, "vit-tiny": 2560, "vit-small": 1280, "vit-large": 320},
+        rounds=(50, 10),
+        terms_images=64,
+        memory_views=(160, 640),
+        compiled=(PLAIN, FULL, STOCK, OFFICIAL),
+    ),
+}
+QUICK = Plan(
+    {"vit-tiny": 40},
+    rounds=(1, 1),
+    terms_images=2,
+    memory_views=(8, 320),
+    memory_of=(FULL, STOCK),
+    fields={"image_size": 64, "num_hidden_layers": 2, "decoder_num_hidden_layers": 1},
+)
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds of each call, by contestant, of contestants that took turns."""
+
+    preset: str
+    precision: str
+    compiled: bool
+    views: int
+    forward: Seconds
+    step: Seconds
+
+    def views_per_second(self, name: str, seconds: Seconds) -> float:
+        """Of a contestant; `seconds` is `forward` or `step`."""
+        return self.views / statistics.median(seconds[name])
+
+
+@dataclass(frozen=True)
+class Speed:
+    """The times of one preset, and the machine's rates of matrix products by precision."""
+
+    preset: str
+    times: list[Times]
+    matmul_rates: dict[str, float]
+    flops: int  # of a view
+
+    def of(self, precision: str, *, compiled: bool = False) -> Times:
+        """Those of a precision."""
+        return next(times for times in self.times if (times.precision, times.compiled) == (precision, compiled))
+
+    def step(self, name: str, precision: str = "bf16", *, compiled: bool = False) -> float:
+        """Views per second of a whole step."""
+        times = self.of(precision, compiled=compiled)
+        return times.views_per_second(name, times.step)
+
+    def share(self, views_per_second: float, precision: str) -> float:
+        """Percent of the machine's rate; see `flops_per_view`."""
+        return 100 * views_per_second * self.flops / self.matmul_rates[precision]
+
+
+def measure(device: torch.device, *, quick: bool) -> Measurement:
+    """Times, ratios, the cost of the information terms and of more masks, and memory."""
+    plan = QUICK if quick else PLANS[device.type]
+    first, *others = plan.views
+    check_peers(plain_config(first, **plan.fields), list(PEERS), device, tolerance=1e-4)
+    rates = {precision: matmul_rate(dtype, device) for precision, dtype in DTYPES.items()}
+    found = []
+    for precision in PRECISIONS:
+        found.append(time_steps([*OURS, *PEERS], first, precision, plan, device))
+        if plan.compiled:
+            found.append(time_steps(plan.compiled, first, precision, plan, device, compiled=True))
+        found += [time_steps(SOME, preset, precision, plan, device) for preset in others]
+    terms = time_terms(first, plan, device)
+    memory = {name: memory_per_view(name, first, plan, device) for name in plan.memory_of}
+    speeds = {
+        preset: Speed(
+            preset,
+            [times for times in found if times.preset == preset],
+            rates,
+            flops_per_view(preset, **plan.fields),
+        )
+        for preset in plan.views
+    }
+    tables = [
+        *(table_of(speed) for speed in speeds.values()),
+        table_of_memory(memory, first, plan.memory_views),
+    ]
+    speed = speeds[first]
+    return Measurement(
+        f"Random images; all contestants make the same views a step. {rate_words(rates)}",
+        tables,
+        [*bars_of_cpu(speed, device), *bars_of_gpu(speed, device), *bars_of_both(speed, terms, memory, device)],
+    )
+
+
+def time_steps(
+    names: Sequence[str], preset: str, precision: str, plan: Plan, device: torch.device, *, compiled: bool = False
+) -> Times:
+    """Forward passes, then whole steps; contestants take turns."""
+    rounds = plan.rounds[preset != next(iter(plan.views))]
+    warm_up = 1 if device.type == "cpu" else 5
+    views = plan.views[preset]
+    with contestants(names, preset, views, device, precision, plan.fields, compiled=compiled) as found:
+        forward, step = (
+            take_turns(
+                {name: getattr(each, part) for name, each in found.items()},
+                rounds=rounds,
+                warm_up=warm_up,
+                device=device,
+            )
+            for part in ("forward", "step")
+        )
+    return Times(preset, precision, compiled, views, forward, step)
+
+
+def time_terms(preset: str, plan: Plan, device: torch.device) -> float:
+    """How much longer the step with the information terms takes than that with four masks alone, as a fraction."""
+    names = (FULL, WITHOUT_TERMS)
+    with contestants(names, preset, 4 * plan.terms_images, device, "bf16", plan.fields) as found:
+        calls = {name: each.step for name, each in found.items()}
+        seconds = take_turns(calls, rounds=plan.rounds[1], warm_up=1, device=device)
+    return ratio(seconds, FULL, WITHOUT_TERMS) - 1
+
+
+def memory_per_view(name: str, preset: str, plan: Plan, device: torch.device) -> float:
+    """Bytes that a view adds to the peak of a step in bf16; on a CPU each peak is that of a fresh process."""
+    steps = [(name, preset, views, device, plan.fields) for views in plan.memory_views]
+    if device.type == "cuda":
+        less, more = (peak_memory(*step) for step in steps)
+    else:
+        with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+            less, more = pool.starmap(peak_memory, steps, chunksize=1)
+    return (more - less) / (plan.memory_views[1] - plan.memory_views[0])
+
+
+def peak_memory(name: str, preset: str, views: int, device: torch.device, fields: dict[str, Any]) -> int:
+    """Bytes: of the GPU's memory, or of this process (on Linux)."""
+    contestant = Contestant(name, preset, views, device, "bf16", fields)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    contestant.step()
+    settle(device)
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    # not getrusage, whose peak is also that of the process that started this one
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text()).group(1))
+
+
+def flops_per_view(preset: str, **fields: Any) -> int:
+    """Floating-point operations of the forward and the backward pass of the official model, for one view.
+
+    Whoever saves some of them has the same count, and so a larger share of the machine's rate.
+    """
+    config = plain_config(preset, **fields)
+    with torch.device("meta"):
+        model = Official(config)
+        images, noise = torch.empty(1, 3, *config.image_size_2d), torch.empty(1, config.num_patches)
+    with FlopCounterMode(display=False) as counter:
+        model(images, noise).backward()
+    return counter.get_total_flops()
+
+
+def table_of(speed: Speed) -> Table:
+    """All contestants of a preset."""
+    rows = []
+    for times in speed.times:
+        for name in times.step:
+            rate = times.views_per_second(name, times.step)
+            rows.append(
+                [
+                    f"**mimae** {name}" if name in OURS else name,
+                    times.precision,
+                    "compiled" if times.compiled else "eager",
+                    times.views_per_second(name, times.forward),
+                    rate,
+                    rate / speed.step(STOCK, times.precision),
+                    speed.share(rate, times.precision),
+                ]
+            )
+    gflop = speed.flops / 1e9
+    note = f"{speed.times[0].views} views a step; {gflop:.3g} GFLOP a view, forward and backward. Medians."
+    return Table(f"{speed.preset}, 224 px", COLUMNS, rows, note)
+
+
+def table_of_memory(memory: dict[str, float], preset: str, views: tuple[int, int]) -> Table:
+    """Bytes a view adds."""
+    rows = [[f"**mimae** {name}" if name in OURS else name, value / 2**20] for name, value in memory.items()]
+    note = f"Peak of a step of {views[1]} views less that of {views[0]}, by the difference in views; bf16, eager."
+    return Table(f"Memory, {preset}", ("", "MiB a view"), rows, note)
+
+
+def rate_words(rates: dict[str, float]) -> str:
+    """The machine's matrix products."""
+    words = (f"{rate / 1e12:.3g} TFLOP/s in {precision}" for precision, rate in rates.items())
+    return f"The machine multiplies large matrices at {' and '.join(words)}."
+
+
+def bars_of_cpu(speed: Speed, device: torch.device) -> list[Bar]:
+    """Without figures where there is a GPU."""
+    here = device.type == "cpu"
+    found = []
+    for precision in PRECISIONS:
+        times = speed.of(precision)
+        faster, share = ratio(times.step, STOCK, FULL), speed.share(speed.step(FULL, precision), precision)
+        found += [
+            Bar(f"CPU, {precision}: views/s of a step, of transformers'", 1.15, faster if here else None),
+            Bar(f"CPU, {precision}: share of the matrix rate", 70, share if here else None, "%"),
+        ]
+    return found
+
+
+def bars_of_gpu(speed: Speed, device: torch.device) -> list[Bar]:
+    """Without figures where there is none. Ours is compiled, which is how it is run there."""
+    promised = (
+        ("GPU, bf16: MI-MAE, N = 4", 1475, "images/s"),
+        ("GPU, bf16: MAE", 6300, "images/s"),
+        ("GPU, bf16: MI-MAE's views/s, of transformers' (eager)", 2, "x"),
+        ("GPU, bf16: MI-MAE's views/s, of the official model's (eager)", 2, "x"),
+    )
+    measured: list[float | None] = [None] * len(promised)
+    if device.type == "cuda":
+        full = speed.step(FULL, compiled=True)
+        measured = [full / 4, speed.step(PLAIN, compiled=True), full / speed.step(STOCK), full / speed.step(OFFICIAL)]
+    return [Bar(name, target, figure, unit) for (name, target, unit), figure in zip(promised, measured, strict=True)]
+
+
+def bars_of_both(speed: Speed, terms: float, memory: dict[str, float], device: torch.device) -> list[Bar]:
+    """What is promised of any machine."""
+    kind = {"cpu": "CPU", "cuda": "GPU"}[device.type]
+    times = speed.of("bf16")
+    most = max(ratio(times.step, name, PLAIN) for name in OURS if name != PLAIN)
+    leanest = min(value for name, value in memory.items() if name in PEERS)
+    return [
+        Bar(f"{kind}, bf16: what the information terms add to a step of 64 x 4 views", 3, 100 * terms, "%", True),
+        Bar(f"{kind}, bf16: time per view with more masks, of that with one, at most", 1.0, most, at_most=True),
+        Bar(f"{kind}, bf16: memory per view, of the leanest peer's", 1.0, memory[FULL] / leanest, at_most=True),
+    ]
