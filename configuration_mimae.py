@@ -137,6 +137,8 @@ class MIMAEConfig(BackboneConfigMixin, MIMConfigMixin, ViTMAEConfig):
                 )
             if width % 4:
                 raise ValueError(f"{prefix}hidden_size={width} must be a multiple of 4 for 2D sin-cos positions")
+        if self.decoder_num_hidden_layers < 1:
+            raise ValueError(f"decoder_num_hidden_layers={self.decoder_num_hidden_layers} must be at least 1")
         if not 0 <= self.drop_path_rate < 1:
             raise ValueError(f"drop_path_rate={self.drop_path_rate} must lie in 0..1, below 1")
 

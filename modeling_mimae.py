@@ -127,10 +127,10 @@ class MIMAEEmbeddings(ViTMAEEmbeddings):
         return interpolate_positions(self.position_embeddings, self.config.grid_size, grid_size)
 
 
-class MIMAEDecoderLayer(ViTMAELayer):
-    """ViTMAE's block, which can leave out what becomes of the first tokens; to the others they are keys and values."""
+class MIMAELastDecoderLayer(ViTMAELayer):
+    """ViTMAE's block, of whose output the first tokens are left out; to the others they are keys and values."""
 
-    def forward(self, hidden_states: torch.Tensor, first_query: int = 0) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, first_query: int) -> torch.Tensor:
         """(B·N, T, D) → (B·N, T - first_query, D)."""
         normalised = self.layernorm_before(hidden_states)
         hidden_states = hidden_states[:, first_query:] + self.dropout(self.attend(normalised, first_query))
@@ -170,9 +170,8 @@ class MIMAEDecoder(ViTMAEDecoder):
         self.decoder_embed = nn.Linear(config.hidden_size, width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
         self.decoder_pos_embed = nn.Parameter(torch.zeros(1, 1 + num_patches, width), requires_grad=False)
-        self.decoder_layers = nn.ModuleList(
-            MIMAEDecoderLayer(self.config) for _ in range(config.decoder_num_hidden_layers)
-        )
+        layers = [ViTMAELayer(self.config) for _ in range(config.decoder_num_hidden_layers - 1)]
+        self.decoder_layers = nn.ModuleList([*layers, MIMAELastDecoderLayer(self.config)])
         self.decoder_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.decoder_pred = nn.Linear(width, config.patch_size**2 * config.num_channels)
 

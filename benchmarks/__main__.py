@@ -17,7 +17,7 @@ from .measurement import Measurement, markdown_table, record_of, write_record
 from .report import write_page
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
-BENCHMARKS = ("pretrain_step", "data_pipeline", "startup")
+BENCHMARKS = ("pretrain_step", "candidates", "data_pipeline", "startup")
 
 
 def benchmark_named(name: str) -> Callable[..., Measurement]:

@@ -26,12 +26,14 @@ TRAINER_MAX_GRAD_NORM = 1.0  # transformers' default, which its example script l
 class Ours(nn.Module):
     """This project's model as its trainer calls it."""
 
+    return_logits = False
+
     def __init__(self, config: MIMAEConfig):
         super().__init__()
         self.model = MIMAEForPreTraining(config)
 
     def forward(self, images: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        return self.model(images, noise=noise, return_logits=False).loss
+        return self.model(images, noise=noise, return_logits=self.return_logits).loss
 
     def clip(self) -> None:
         """The trainer clips nothing, but logs the norm of the gradient."""

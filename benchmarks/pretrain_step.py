@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from .contestants import FULL, OURS, PLAIN, PRECISIONS, WITHOUT_TERMS, Contestant, contestants
 from .measurement import Bar, Measurement, Table
 from .measuring import matmul_rate, ratio, settle, take_turns
+from .operations import table_of_operations
 from .peers import PEERS, Official, check_peers, plain_config
 
 STOCK, OFFICIAL = "transformers", "official"
@@ -141,6 +142,10 @@ def measure(device: torch.device, *, quick: bool) -> Measurement:
     tables = [
         *(table_of(speed) for speed in speeds.values()),
         table_of_memory(memory, first, plan.memory_views),
+        *(
+            table_of_operations((FULL, STOCK), first, plan.views[first], device, precision, plan.fields)
+            for precision in PRECISIONS
+        ),
     ]
     speed = speeds[first]
     return Measurement(

@@ -12,19 +12,24 @@ HEAD = """# Performance
 What `make bench` has measured; the program writes this page from the records in [`performance/`](performance), and
 `python -m mimae.benchmarks NAME` puts new ones in the place of the older ones of the same kind of device. Contestants
 take turns within one run; figures are medians, ratios are medians over the rounds. Absolute times of a CPU that other
-work shares say little, ratios hold. What was tried, and what it gained, is in the [log](LOG.md).
+work shares say little, ratios hold. What was tried for speed, and what it gained, stands at the end.
 """
 MEASURED_ON = "measured on"
+CANDIDATES = "candidates.md"  # kept by hand
 
 
 def write_page(folder: Path, page: Path) -> None:
-    """Writes the page anew from all records of the folder."""
+    """Writes the page anew from all records of the folder, and what stands there of candidates."""
     records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
-    page.write_text(page_of(records), encoding="utf-8")
+    candidates = folder / CANDIDATES
+    text = page_of(records)
+    if candidates.exists():
+        text += "\n" + candidates.read_text(encoding="utf-8")
+    page.write_text(text, encoding="utf-8")
 
 
 def page_of(records: list[dict[str, Any]]) -> str:
-    """The page, as Markdown."""
+    """What was measured, as Markdown."""
     lines = [HEAD, "## Bars", "", *markdown_table(table_of_bars(records)), ""]
     for benchmark, group in groupby(records, key=lambda record: record["benchmark"]):
         lines += [f"## {benchmark}", ""]
