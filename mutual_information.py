@@ -18,6 +18,10 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+# entries of the similarity of anchors and views that are computed at a time: 128 MiB of float32 a copy
+MAX_SIMILARITIES = 2**25
 
 
 def info_nce_loss(
@@ -31,6 +35,9 @@ def info_nce_loss(
 
     Only this process's anchors are computed; averaged over processes (as DDP averages gradients) the result is Eq. 8
     over the global batch.
+
+    Memory: linear in the views, plus at most 512 MiB: four float32 copies of `MAX_SIMILARITIES` entries live at once.
+    A larger similarity is computed some rows at a time, and again in the backward pass: none of it is kept between.
 
     Args:
         latent_vector: (B, N, D), the views of this process.
@@ -47,17 +54,35 @@ def info_nce_loss(
     anchors = F.normalize(latent_vector.float(), dim=-1)  # (B, N, D)
     others = anchors if gathered is None else F.normalize(gathered.float(), dim=-1)  # (W·B, N, D)
 
-    with _without_autocast(latent_vector.device):
-        similarity = anchors.flatten(0, 1) @ others.flatten(0, 1).T / temperature  # (B·N, W·B·N)
-    anchor_ids = torch.arange(num_images * num_views, device=similarity.device)  # (B·N,)
-    self_ids = rank * num_images * num_views + anchor_ids
-    is_self = torch.arange(similarity.shape[1], device=similarity.device) == self_ids[:, None]  # (B·N, W·B·N)
-    log_partition = similarity.masked_fill(is_self, -torch.inf).logsumexp(dim=-1)  # (B·N,)
+    log_partition = _log_partition(anchors.flatten(0, 1), others.flatten(0, 1), temperature, rank)  # (B·N,)
 
     # Σ_{k≠i} s_ik = u_i · (Σ_k u_k - u_i): no need to pick the positives out of the matrix
     positives = (anchors * (anchors.sum(dim=1, keepdim=True) - anchors)).sum(dim=(1, 2)) / temperature  # (B,)
     per_image = (num_views - 1) * log_partition.view(num_images, num_views).sum(dim=1) - positives  # (B,)
     return per_image.mean() / num_views**2
+
+
+def _log_partition(anchors: torch.Tensor, others: torch.Tensor, temperature: float, rank: int) -> torch.Tensor:
+    """log Σ_{c≠i} exp(s_ic / τ) of the anchors i (M, D) over the views c (W·M, D) of all processes → (M,)."""
+    self_ids = rank * len(anchors) + torch.arange(len(anchors), device=anchors.device)  # (M,), each anchor's column
+    if len(anchors) * len(others) <= MAX_SIMILARITIES:
+        return _log_partition_of_rows(anchors, self_ids, others, temperature)
+    num_rows = max(1, MAX_SIMILARITIES // len(others))
+    chunks = [
+        checkpoint(_log_partition_of_rows, *rows, others, temperature, use_reentrant=False, preserve_rng_state=False)
+        for rows in zip(anchors.split(num_rows), self_ids.split(num_rows), strict=True)
+    ]
+    return torch.cat(chunks)
+
+
+def _log_partition_of_rows(
+    anchors: torch.Tensor, self_ids: torch.Tensor, others: torch.Tensor, temperature: float
+) -> torch.Tensor:
+    """The same for some of the anchors (m, D), given their columns (m,)."""
+    with _without_autocast(anchors.device):
+        similarity = anchors @ others.T / temperature  # (m, W·M)
+    is_self = torch.arange(len(others), device=others.device) == self_ids[:, None]  # (m, W·M)
+    return similarity.masked_fill(is_self, -torch.inf).logsumexp(dim=-1)
 
 
 def gaussian_negative_log_likelihood(

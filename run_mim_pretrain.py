@@ -39,6 +39,7 @@ from mimae.training.arguments import (
     flag_value,
     parse_arguments,
 )
+from mimae.training.attention import default_attention
 from mimae.training.checkpoints import CheckpointStore
 from mimae.training.families import CONFIG_CLASSES, FAMILIES, Family, family_named
 from mimae.training.monitors import Evaluation, Probe, ReconstructionMonitor, probe_indices, split_indices
@@ -87,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     set_seed(args.seed)
     with accelerator.main_process_first():
         source, probe_source = data_args.open_split(data_args.train_split), data_args.open_held_out()
-    model = build_model(family, config, model_args, start)
+    model = build_model(family, config, model_args, start, accelerator)
     mean, std = channel_statistics(config.num_channels, args.image_mean, args.image_std)
     normalization = Normalization(mean, std, accelerator.device)
     processor = build_image_processor(config.image_size_2d, mean, std)
@@ -155,10 +156,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def build_model(
-    family: Family, config: PreTrainedConfig, model_args: ModelArguments, start: str | None
+    family: Family,
+    config: PreTrainedConfig,
+    model_args: ModelArguments,
+    start: str | None,
+    accelerator: Accelerator,
 ) -> PreTrainedModel:
     """The model, from scratch or with the weights of the checkpoint `start`."""
-    attention = model_args.attn_implementation
+    attention = model_args.attn_implementation or default_attention(accelerator.device, accelerator.mixed_precision)
     if start is None:
         config._attn_implementation = attention
         model = family.pretraining_class(config)
@@ -168,6 +173,7 @@ def build_model(
         )
         if info["missing_keys"]:
             logger.info("not in %s, and new: %s", start, some(sorted(info["missing_keys"])))
+    logger.info("attention: %s", model.config._attn_implementation)
     if model_args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     return model

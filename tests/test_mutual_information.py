@@ -7,8 +7,10 @@ import torch
 import torch.nn.functional as F
 from references import TINY, club_by_loops, gaussian_log_likelihood, info_nce_by_loops
 from torch import distributions
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from mimae import MIMAEConfig, MIMAEForPreTraining
+from mimae import MIMAEConfig, MIMAEForPreTraining, mutual_information
 from mimae.mutual_information import (
     GaussianApproximator,
     InformationGate,
@@ -111,6 +113,110 @@ def test_info_nce_is_float32_under_autocast():
         loss = info_nce_loss(views, TEMPERATURE)
     assert loss.dtype == torch.float32
     assert torch.equal(loss, expected)
+
+
+# Eq. 7-8 of more views than fit into memory at once
+
+
+class Sizes(TorchDispatchMode):
+    """Entries of the largest tensor that any operation makes."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        made = [x.numel() for x in torch.utils._pytree.tree_leaves(result) if isinstance(x, torch.Tensor)]
+        self.largest = max([self.largest, *made])
+        return result
+
+
+def entries_of(views: torch.Tensor) -> tuple[int, int]:
+    """What the loss and its gradient make: the largest tensor, and the sum of what is kept for the backward pass."""
+    kept = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.numel()
+        return tensor
+
+    with Sizes() as sizes:
+        with saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = info_nce_loss(views, TEMPERATURE)
+        loss.backward()
+    return sizes.largest, sum(kept.values())
+
+
+@pytest.fixture
+def rows_of(monkeypatch):
+    """Has the similarity of so many columns computed so many rows at a time."""
+    return lambda num_rows, num_columns: monkeypatch.setattr(
+        mutual_information, "MAX_SIMILARITIES", num_rows * num_columns + num_columns - 1
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("num_rows", [1, 5, 6, 11])  # of 12: even chunks, and a last one of 2 rows or of 1
+def test_info_nce_by_rows_is_the_double_loop_over_pairs(num_rows, dtype, rows_of):
+    views = torch.randn(3, 4, 8, dtype=dtype, requires_grad=True)
+    expected = info_nce_by_loops(views.double(), TEMPERATURE)
+    (expected_grad,) = torch.autograd.grad(expected, views)
+    rows_of(num_rows, 12)
+    loss = info_nce_loss(views, TEMPERATURE)
+    (grad,) = torch.autograd.grad(loss, views)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(grad, expected_grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_info_nce_by_rows_of_gathered_views_is_that_of_the_whole_similarity(rank, rows_of):
+    whole = torch.randn(9, 4, 8, requires_grad=True)
+
+    def loss_and_grad() -> tuple[torch.Tensor, torch.Tensor]:
+        loss = info_nce_loss(whole[3 * rank : 3 * rank + 3], TEMPERATURE, whole, rank)
+        return loss, *torch.autograd.grad(loss, whole)
+
+    expected = loss_and_grad()
+    rows_of(5, 36)
+    torch.testing.assert_close(loss_and_grad(), expected)
+
+
+def test_info_nce_by_rows_is_float32_under_autocast(rows_of):
+    views = torch.randn(3, 4, 8, requires_grad=True)
+    rows_of(5, 12)
+    expected = info_nce_loss(views, TEMPERATURE)
+    (expected_grad,) = torch.autograd.grad(expected, views)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = info_nce_loss(views, TEMPERATURE)
+    assert torch.equal(loss, expected)
+    assert torch.equal(torch.autograd.grad(loss, views)[0], expected_grad)
+
+
+def test_info_nce_never_makes_nor_keeps_more_than_its_bound(rows_of):
+    views = torch.randn(32, 4, 2, requires_grad=True)
+    bound = 16 * 128
+    largest, kept = entries_of(views)
+    assert largest == 128 * 128  # without need, all at once
+    assert kept > largest
+    rows_of(16, 128)
+    largest, kept = entries_of(views)
+    assert largest == bound
+    assert kept < bound
+
+
+def test_a_similarity_of_just_the_bound_is_computed_at_once(monkeypatch):
+    monkeypatch.setattr(mutual_information, "MAX_SIMILARITIES", 12 * 12)
+    assert entries_of(torch.randn(3, 4, 2, requires_grad=True))[0] == 12 * 12
+
+
+@pytest.mark.parametrize("num_rows", [5, 12])
+def test_info_nce_is_one_graph(num_rows, rows_of):
+    views = torch.randn(3, 4, 8, requires_grad=True)
+    rows_of(num_rows, 12)
+    expected, loss = (
+        f(views, TEMPERATURE)
+        for f in (info_nce_loss, torch.compile(info_nce_loss, fullgraph=True, backend="aot_eager"))
+    )
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(value, views)[0] for value in (loss, expected)))
 
 
 # Eq. 9 and 33

@@ -42,7 +42,11 @@ class ModelArguments:
         "Start from this checkpoint's weights: one of this project's, or a stock ViTMAE's; downstream also a ViT's; a "
         "Swin's where Swins are trained.",
     )
-    attn_implementation: str | None = option(None, "sdpa, eager or flash_attention_2; default: transformers' choice.")
+    attn_implementation: str | None = option(
+        None,
+        "sdpa, eager or flash_attention_2; default: transformers' choice; for pre-training in bf16 on a CPU made for "
+        "it, matmul, whose backward pass is faster than that of sdpa and needs more memory.",
+    )
     gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass, to save memory.")
 
     def __post_init__(self):
