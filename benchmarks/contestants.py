@@ -26,6 +26,7 @@ OURS: dict[str, dict[str, Any]] = {
     "MI-MAE, N = 8": {"num_masks": 8, "mi_gate_threshold": None},
     "MI-MAE, N = 10": {"num_masks": 10, "mi_gate_threshold": None},
 }
+SMALL = {"image_size": 64, "num_hidden_layers": 2, "decoder_num_hidden_layers": 1}  # of a rehearsal's models
 PRECISIONS = {"float32": "no", "bf16": "bf16"}  # to accelerate's words
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from .contestants import FULL, OURS, PLAIN, PRECISIONS, WITHOUT_TERMS, Contestant, contestants
+from .contestants import FULL, OURS, PLAIN, PRECISIONS, SMALL, WITHOUT_TERMS, Contestant, contestants
 from .measurement import Bar, Measurement, Table
 from .measuring import matmul_rate, ratio, settle, take_turns
 from .operations import table_of_operations
@@ -53,8 +53,8 @@ class Plan:
 
 PLANS = {
     "cpu": Plan(
-        {"vit-base": 40, "vit-tiny": 80, "vit-small": 80, "vit-large": 8},
-        rounds=(4, 2),
+        {"vit-base": 40, "vit-tiny": 40, "vit-small": 40, "vit-large": 8},
+        rounds=(3, 2),
         terms_images=64,
         memory_views=(8, 24),
         compiled=(FULL, STOCK),
@@ -73,7 +73,7 @@ QUICK = Plan(
     terms_images=2,
     memory_views=(8, 320),
     memory_of=(FULL, STOCK),
-    fields={"image_size": 64, "num_hidden_layers": 2, "decoder_num_hidden_layers": 1},
+    fields=SMALL,
 )
 
 

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from mimae.benchmarks.__main__ import main
+from mimae.benchmarks.candidates import CANDIDATES
+from mimae.benchmarks.contestants import PRECISIONS
 from mimae.benchmarks.measurement import Bar, Measurement, Table, record_of, write_record
 from mimae.benchmarks.measuring import ratio, take_turns
 from mimae.benchmarks.peers import PEERS, check_peers, plain_config
@@ -91,3 +93,10 @@ def test_a_rehearsal_is_not_kept_among_the_measurements(capsys):
     with pytest.raises(SystemExit):
         main(["pretrain_step", "--quick"])
     assert "give it an --output_dir of its own" in capsys.readouterr().err
+
+
+def test_candidates_are_tried_in_small(tmp_path, monkeypatch):
+    monkeypatch.delitem(CANDIDATES, "compiled")  # compiling takes a minute
+    assert main(["candidates", "--quick", "--output_dir", str(tmp_path)]) == 0
+    page = (tmp_path / "performance.md").read_text()
+    assert all(page.count(f"| {name} |") == len(PRECISIONS) for name in CANDIDATES)
