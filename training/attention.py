@@ -20,8 +20,9 @@ def matmul_attention(
 ) -> tuple[torch.Tensor, None]:
     """softmax(q kᵀ · scaling + mask) v by plain products, all in the type of the query, also under autocast.
 
-    Unlike "sdpa" it keeps the probabilities (B, A, T, T) for the backward pass. Unlike transformers' "eager" it does
-    not widen them to float32, which costs more time than it wins.
+    Like transformers' "eager", and unlike "sdpa", it rounds the scores to that type and keeps the probabilities
+    (B, A, T, T) for the backward pass. Unlike "eager" it does not widen them to float32: the softmax sums in float32
+    in any case, and the wider tensors cost more time than the products save.
 
     Args:
         module: ignored, as are further keywords; they are part of transformers' interface.
