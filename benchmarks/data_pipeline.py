@@ -2,7 +2,8 @@
 
 Shapes: B images of a batch, h = w the model's image size.
 
-Images per second are those of one core: one thread, no worker, and the processor's time that it takes. The peers are restated here from what they compose:
+Images per second are those of one core: one thread, no worker, and the processor's time that it takes. The peers are
+restated here from what they compose:
 
 - official MAE (facebookresearch/mae, `main_pretrain.py`): Pillow, torchvision's v1 transforms, float32;
 - transformers (`examples/pytorch/image-pretraining/run_mae.py`): the same transforms, after reading an `Image` column
