@@ -52,14 +52,20 @@ class Plan:
     compiled: tuple[str, ...] = ()
     fields: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def terms(self) -> str:
+        """In words, where the cost of the information terms is measured."""
+        return f"{self.terms_images} x 4 views"
+
 
 PLANS = {
     "cpu": Plan(
         {"vit-base": 40, "vit-tiny": 40, "vit-small": 40, "vit-large": 8},
         rounds=(2, 1),
         thorough=("float32", "bf16"),
-        terms_images=32,  # of 64 a step in bf16 takes 24 GiB
-        memory_views=(8, 24),
+        terms_images=32,  # a step of 64 takes 24 GiB
+        memory_views=(24, 48),
+        memory_of=(),  # the allocator of a CPU keeps what it likes
     ),
     "cuda": Plan(
         {"vit-base": 640, "vit-tiny": 2560, "vit-small": 1280, "vit-large": 320},
@@ -145,7 +151,7 @@ def measure(device: torch.device, *, quick: bool) -> Measurement:
     }
     tables = [
         *(table_of(speed) for speed in speeds.values()),
-        table_of_memory(memory, first, plan.memory_views),
+        *([table_of_memory(memory, first, plan.memory_views)] if memory else []),
         *(
             table_of_operations((FULL, STOCK), first, plan.views[first], device, precision, plan.fields)
             for precision in PRECISIONS
@@ -203,6 +209,7 @@ def memory_per_view(name: str, preset: str, plan: Plan, device: torch.device) ->
 def peak_memory(name: str, preset: str, views: int, device: torch.device, fields: dict[str, Any]) -> int:
     """Bytes: of the GPU's memory, or of this process (on Linux)."""
     contestant = Contestant(name, preset, views, device, "bf16", fields)
+    contestant.step()  # which makes the optimiser's state
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     contestant.step()
@@ -308,7 +315,12 @@ def bars_of_both(speed: Speed, terms: float, device: torch.device) -> list[Bar]:
         added = 100 * terms if here else None
         found += [
             Bar(
-                f"{kind}, bf16: what the information terms add to a step of 64 x 4 views", 3, added, "%", at_most=True
+                f"{kind}, bf16: what the information terms add to a step",
+                3,
+                added,
+                "%",
+                True,
+                PLANS[device_type].terms,
             ),
             Bar(f"{kind}, bf16: time per view with more masks", 1, most if here else None, "x N = 1", at_most=True),
         ]
