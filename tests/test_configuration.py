@@ -39,6 +39,7 @@ from mimae import MIMAEConfig, MISimMIMConfig
         ({"approximator_variance_eps": 0.0}, ["approximator_variance_eps=0.0", "positive"]),
         ({"hidden_size": 30}, ["hidden_size=30", "num_attention_heads=4"]),
         ({"decoder_hidden_size": 18}, ["decoder_hidden_size=18", "multiple of 4"]),
+        ({"decoder_num_hidden_layers": 0}, ["decoder_num_hidden_layers=0", "at least 1"]),
     ],
 )
 def test_a_bad_configuration_is_refused_by_field_and_remedy(overrides, words):
@@ -71,7 +72,6 @@ def test_a_bad_configuration_is_refused_by_field_and_remedy(overrides, words):
         ({"image_size": (16, 32), "window_size": 8}, ["window_size=8", "1..4", "4 x 8 tokens"]),
         ({"use_absolute_embeddings": True}, ["use_absolute_embeddings=True", "leave it False"]),
         ({"drop_path_rate": 1.0}, ["drop_path_rate=1.0"]),
-        ({"decoder_num_hidden_layers": 0}, ["decoder_num_hidden_layers=0", "at least 1"]),
         ({"drop_path_rate": math.nan}, ["drop_path_rate=nan"]),
         ({"mask_ratio": 1.0}, ["mask_ratio=1.0", "between 0"]),
         ({"num_masks": 1}, ["num_masks=1", "mi_max_weight", "mi_min_weight", "2 or more"]),
