@@ -7,7 +7,7 @@ from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.vit_mae.modeling_vit_mae import ViTMAEAttention, eager_attention_forward
 
-from .contestants import FULL, PRECISIONS, SMALL, Contestant
+from .contestants import FULL, PRECISIONS, SMALL, Contestant, Setting
 from .measurement import Measurement, Table
 from .measuring import ratio, take_turns
 
@@ -20,9 +20,10 @@ def measure(device: torch.device, *, quick: bool) -> Measurement:
     preset, fields, rounds = ("vit-tiny", SMALL, 1) if quick else ("vit-base", {}, ROUNDS)
     rows = []
     for precision in PRECISIONS:
-        found = {AS_IT_IS: Contestant(FULL, preset, VIEWS, device, precision, fields)}
+        setting = Setting(preset, VIEWS, device, precision, fields)
+        found = {AS_IT_IS: Contestant(FULL, setting)}
         for name, change in CANDIDATES.items():
-            found[name] = Contestant(FULL, preset, VIEWS, device, precision, fields)
+            found[name] = Contestant(FULL, setting)
             change(found[name].model)
         calls = {name: each.step for name, each in found.items()}
         seconds = take_turns(calls, rounds=rounds, warm_up=1, device=device)

@@ -3,6 +3,7 @@
 import gc
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from mimae.hub.official_mae import PLAIN_MAE
 from mimae.training.attention import default_attention
 from mimae.training.optimization import build_adamw
 
-from .peers import PEERS, Ours, plain_config
+from .peers import PEERS, Ours
 
 FULL = "MI-MAE, N = 4"
 PLAIN = "MAE, N = 1"
@@ -30,37 +31,42 @@ SMALL = {"image_size": 64, "num_hidden_layers": 2, "decoder_num_hidden_layers": 
 PRECISIONS = {"float32": "no", "bf16": "bf16"}  # to accelerate's words
 
 
-class Contestant:
-    """A model in training.
+@dataclass(frozen=True)
+class Setting:
+    """What all contestants have in common.
 
     Args:
-        name: of `OURS` or `PEERS`.
+        preset: size of the model.
         views: of a step; an image of ours has N, an image of the others one.
+        device: where they train.
         precision: "float32", or "bf16" for autocast as accelerate and `Trainer` have it.
         fields: of the configuration, in place of the preset's.
+        compiled: whether the models are.
     """
 
-    def __init__(
-        self,
-        name: str,
-        preset: str,
-        views: int,
-        device: torch.device,
-        precision: str,
-        fields: dict[str, Any],
-        *,
-        compiled: bool = False,
-    ):
+    preset: str
+    views: int
+    device: torch.device
+    precision: str
+    fields: dict[str, Any] = field(default_factory=dict)
+    compiled: bool = False
+
+
+class Contestant:
+    """A model in training, by its name in `OURS` or `PEERS`."""
+
+    def __init__(self, name: str, setting: Setting):
         torch.manual_seed(0)
-        self.device, self.precision, self.views = device, precision, views
-        config = MIMAEConfig.preset(preset, **fields, **OURS[name]) if name in OURS else plain_config(preset, **fields)
+        self.setting, device = setting, setting.device
+        own = OURS.get(name, PLAIN_MAE)
+        config = MIMAEConfig.preset(setting.preset, **setting.fields, **own)
         if name in OURS:  # as the pre-training script chooses
-            config._attn_implementation = default_attention(device, PRECISIONS[precision])
+            config._attn_implementation = default_attention(device, PRECISIONS[setting.precision])
         self.model = (PEERS.get(name) or Ours)(config).to(device).train()
         self.optimizer = build_adamw(_Decaying(self.model), weight_decay=0.05, betas=(0.9, 0.95))
-        if compiled:
+        if setting.compiled:
             self.model.compile()
-        self.images = torch.randn(views // config.num_views, 3, *config.image_size_2d, device=device)
+        self.images = torch.randn(setting.views // config.num_views, 3, *config.image_size_2d, device=device)
         self.noise = torch.rand(len(self.images), config.num_patches, device=device)
 
     def forward(self) -> None:
@@ -78,9 +84,9 @@ class Contestant:
         self.optimizer.zero_grad()
 
     def _autocast(self) -> AbstractContextManager:
-        if self.precision == "float32":
+        if self.setting.precision == "float32":
             return nullcontext()
-        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+        return torch.autocast(self.setting.device.type, dtype=torch.bfloat16)
 
 
 class _Decaying(nn.Module):
@@ -95,22 +101,13 @@ class _Decaying(nn.Module):
 
 
 @contextmanager
-def contestants(
-    names: Sequence[str],
-    preset: str,
-    views: int,
-    device: torch.device,
-    precision: str,
-    fields: dict[str, Any],
-    *,
-    compiled: bool = False,
-) -> Iterator[dict[str, Contestant]]:
-    """Several with the same number of views a step; afterwards their memory is free again."""
-    found = {name: Contestant(name, preset, views, device, precision, fields, compiled=compiled) for name in names}
+def contestants(names: Sequence[str], setting: Setting) -> Iterator[dict[str, Contestant]]:
+    """Several that are to take turns; afterwards their memory is free again."""
+    found = {name: Contestant(name, setting) for name in names}
     try:
         yield found
     finally:
         found.clear()
         gc.collect()
-        if device.type == "cuda":
+        if setting.device.type == "cuda":
             torch.cuda.empty_cache()

@@ -5,7 +5,7 @@ from collections import Counter
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from .contestants import OURS, contestants
+from .contestants import OURS, Setting, contestants
 from .measurement import Table
 
 KINDS = {
@@ -21,11 +21,10 @@ KINDS = {
 OTHERS = "everything else"
 
 
-def table_of_operations(
-    names: tuple[str, ...], preset: str, views: int, device: torch.device, precision: str, fields: dict
-) -> Table:
+def table_of_operations(names: tuple[str, ...], setting: Setting) -> Table:
     """Milliseconds of one eager step of each contestant, on the device, after one that is not looked at."""
-    with contestants(names, preset, views, device, precision, fields) as found:
+    device = setting.device
+    with contestants(names, setting) as found:
         columns = []
         for contestant in found.values():
             contestant.step()
@@ -35,7 +34,8 @@ def table_of_operations(
     rows = [[kind, *(column[kind] for column in columns)] for kind in (*KINDS, OTHERS)]
     rows.append(["all", *(column.total() for column in columns)])
     heads = [f"**mimae** {name}, ms" if name in OURS else f"{name}, ms" for name in names]
-    return Table(f"Where a step goes: {preset}, {precision}, {views} views, eager", ("", *heads), rows)
+    title = f"Where a step goes: {setting.preset}, {setting.precision}, {setting.views} views, eager"
+    return Table(title, ("", *heads), rows)
 
 
 def activities(device: torch.device) -> list[ProfilerActivity]:

@@ -4,18 +4,15 @@ All have the same views a step: an image of ours has N of them, an image of the 
 forward pass alone, or forward, backward, the gradient's norm or clipping as each does it, and fused AdamW.
 """
 
-import multiprocessing
-import re
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from .contestants import FULL, OURS, PLAIN, PRECISIONS, SMALL, WITHOUT_TERMS, Contestant, contestants
+from .contestants import FULL, OURS, PLAIN, PRECISIONS, SMALL, WITHOUT_TERMS, Setting, contestants
 from .measurement import Bar, Measurement, Table
 from .measuring import matmul_rate, ratio, settle, take_turns
 from .operations import table_of_operations
@@ -37,8 +34,7 @@ class Plan:
         rounds: of the first preset in the precisions that are `thorough`, and of all else.
         thorough: precisions; compiled contestants are timed in these alone.
         terms_images: images of four views where the cost of the information terms is measured.
-        memory_views: views of two steps; what the larger takes more is memory per view.
-        memory_of: contestants whose memory is measured.
+        memory_views: views of two steps; what the larger takes more is memory per view. None: not measured.
         compiled: contestants that are timed compiled, too.
         fields: of the configuration, in place of the preset's.
     """
@@ -47,8 +43,7 @@ class Plan:
     rounds: tuple[int, int]
     thorough: tuple[str, ...]
     terms_images: int
-    memory_views: tuple[int, int]
-    memory_of: tuple[str, ...] = (PLAIN, FULL, *PEERS)
+    memory_views: tuple[int, int] | None = None
     compiled: tuple[str, ...] = ()
     fields: dict[str, Any] = field(default_factory=dict)
 
@@ -64,8 +59,6 @@ PLANS = {
         rounds=(2, 1),
         thorough=("float32", "bf16"),
         terms_images=32,  # a step of 64 takes 24 GiB
-        memory_views=(24, 48),
-        memory_of=(),  # the allocator of a CPU keeps what it likes
     ),
     "cuda": Plan(
         {"vit-base": 640, "vit-tiny": 2560, "vit-small": 1280, "vit-large": 320},
@@ -81,8 +74,6 @@ QUICK = Plan(
     rounds=(1, 1),
     thorough=("bf16",),
     terms_images=2,
-    memory_views=(8, 320),
-    memory_of=(FULL, STOCK),
     fields=SMALL,
 )
 
@@ -139,7 +130,7 @@ def measure(device: torch.device, *, quick: bool) -> Measurement:
             found.append(time_steps(plan.compiled, first, precision, plan, device, compiled=True))
         found += [time_steps(SOME, preset, precision, plan, device) for preset in others]
     terms = time_terms(first, plan, device)
-    memory = {name: memory_per_view(name, first, plan, device) for name in plan.memory_of}
+    memory = memory_per_view(first, plan, device)
     speeds = {
         preset: Speed(
             preset,
@@ -151,9 +142,9 @@ def measure(device: torch.device, *, quick: bool) -> Measurement:
     }
     tables = [
         *(table_of(speed) for speed in speeds.values()),
-        *([table_of_memory(memory, first, plan.memory_views)] if memory else []),
+        *([table_of_memory(memory, first, plan.memory_views)] if plan.memory_views else []),
         *(
-            table_of_operations((FULL, STOCK), first, plan.views[first], device, precision, plan.fields)
+            table_of_operations((FULL, STOCK), Setting(first, plan.views[first], device, precision, plan.fields))
             for precision in PRECISIONS
         ),
     ]
@@ -173,7 +164,7 @@ def time_steps(
     rounds = plan.rounds[0 if is_thorough else 1]
     warm_up = 1 if device.type == "cpu" else 5
     views = plan.views[preset]
-    with contestants(names, preset, views, device, precision, plan.fields, compiled=compiled) as found:
+    with contestants(names, Setting(preset, views, device, precision, plan.fields, compiled)) as found:
         forward, step = (
             take_turns(
                 {name: getattr(each, part) for name, each in found.items()},
@@ -188,36 +179,34 @@ def time_steps(
 
 def time_terms(preset: str, plan: Plan, device: torch.device) -> float:
     """How much longer the step with the information terms takes than that with four masks alone, as a fraction."""
-    names = (FULL, WITHOUT_TERMS)
-    with contestants(names, preset, 4 * plan.terms_images, device, "bf16", plan.fields) as found:
+    setting = Setting(preset, 4 * plan.terms_images, device, "bf16", plan.fields)
+    with contestants((FULL, WITHOUT_TERMS), setting) as found:
         calls = {name: each.step for name, each in found.items()}
         seconds = take_turns(calls, rounds=plan.rounds[1], warm_up=1, device=device)
     return ratio(seconds, FULL, WITHOUT_TERMS) - 1
 
 
-def memory_per_view(name: str, preset: str, plan: Plan, device: torch.device) -> float:
-    """Bytes that a view adds to the peak of a step in bf16; on a CPU each peak is that of a fresh process."""
-    steps = [(name, preset, views, device, plan.fields) for views in plan.memory_views]
-    if device.type == "cuda":
-        less, more = (peak_memory(*step) for step in steps)
-    else:
-        with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-            less, more = pool.starmap(peak_memory, steps, chunksize=1)
-    return (more - less) / (plan.memory_views[1] - plan.memory_views[0])
+def memory_per_view(preset: str, plan: Plan, device: torch.device) -> dict[str, float]:
+    """Bytes of a GPU that a view adds to the peak of a step in bf16, by contestant."""
+    if plan.memory_views is None:
+        return {}
+    less, more = plan.memory_views
+    settings = [Setting(preset, views, device, "bf16", plan.fields) for views in (less, more)]
+    found = {}
+    for name in (PLAIN, FULL, *PEERS):
+        of_less, of_more = (peak_memory(name, setting) for setting in settings)
+        found[name] = (of_more - of_less) / (more - less)
+    return found
 
 
-def peak_memory(name: str, preset: str, views: int, device: torch.device, fields: dict[str, Any]) -> int:
-    """Bytes: of the GPU's memory, or of this process (on Linux)."""
-    contestant = Contestant(name, preset, views, device, "bf16", fields)
-    contestant.step()  # which makes the optimiser's state
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    contestant.step()
-    settle(device)
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    # not getrusage, whose peak is also that of the process that started this one
-    return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text()).group(1))
+def peak_memory(name: str, setting: Setting) -> int:
+    """Bytes of the GPU in a step that finds the optimiser's state made."""
+    with contestants((name,), setting) as found:
+        found[name].step()
+        torch.cuda.reset_peak_memory_stats(setting.device)
+        found[name].step()
+        settle(setting.device)
+        return torch.cuda.max_memory_allocated(setting.device)
 
 
 def flops_per_view(preset: str, **fields: Any) -> int:

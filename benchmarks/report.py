@@ -11,8 +11,8 @@ HEAD = """# Performance
 
 What `make bench` has measured; the program writes this page from the records in [`performance/`](performance), and
 `python -m mimae.benchmarks NAME` puts new ones in the place of the older ones of the same kind of device. Contestants
-take turns within one run; figures are medians, ratios are medians over the rounds. Absolute times of a CPU that other
-work shares say little, ratios hold. What was tried for speed, and what it gained, stands at the end.
+take turns within one run; figures are medians, ratios are medians over the rounds (in the tables of steps, of medians).
+Absolute times of a CPU that other work shares say little, ratios hold. What was tried for speed stands at the end.
 """
 MEASURED_ON = "measured on"
 CANDIDATES = "candidates.md"  # kept by hand
