@@ -11,7 +11,7 @@ HEAD = """# Performance
 
 What `make bench` has measured; the program writes this page from the records in [`performance/`](performance), and
 `python -m mimae.benchmarks NAME` puts new ones in the place of the older ones of the same kind of device. Contestants
-take turns within one run; figures are medians, ratios are medians over the rounds (in the tables of steps, of medians).
+take turns within one run; figures are medians, ratios are medians over the rounds (in tables of steps, of medians).
 Absolute times of a CPU that other work shares say little, ratios hold. What was tried for speed stands at the end.
 """
 MEASURED_ON = "measured on"
