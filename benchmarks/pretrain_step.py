@@ -56,9 +56,10 @@ class Plan:
 PLANS = {
     "cpu": Plan(
         {"vit-base": 40, "vit-tiny": 40, "vit-small": 40, "vit-large": 8},
-        rounds=(2, 1),
+        rounds=(3, 1),
         thorough=("float32", "bf16"),
         terms_images=32,  # a step of 64 takes 24 GiB
+        compiled=(FULL, STOCK),
     ),
     "cuda": Plan(
         {"vit-base": 640, "vit-tiny": 2560, "vit-small": 1280, "vit-large": 320},
