@@ -263,12 +263,13 @@ def build_schedule(
     args: PretrainingArguments, steps_per_epoch: int, images_per_step: int, num_views: int
 ) -> WarmupSchedule:
     """Learning rate and length of the run."""
+    warmup_steps = args.warmup_steps
     common = {
         "peak": scaled_learning_rate(
             args.base_learning_rate, images_per_step, num_views, args.lr_batch_unit, args.lr_base_batch
         ),
         "start": args.warmup_learning_rate,
-        "warmup_steps": round(args.warmup_epochs * steps_per_epoch),
+        "warmup_steps": round(args.warmup_epochs * steps_per_epoch) if warmup_steps is None else warmup_steps,
         "total_steps": args.max_train_steps or max(1, round(args.num_train_epochs * steps_per_epoch)),
     }
     if args.lr_scheduler_type == "multistep":

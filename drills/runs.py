@@ -15,6 +15,7 @@ import psutil
 import torch
 from safetensors.torch import load_file
 
+from mimae.training.arguments import as_argv
 from mimae.training.checkpoints import verify
 
 from .launching import Launch, Process, launched
@@ -76,7 +77,7 @@ class Run:
         options = {"folder": str(self.record.folder), "start": len(self.started), "gradients": gradients}
         options |= {"death": death and death._asdict(), "scaling": scaling and scaling._asdict()}
         options |= {"impatience": impatience and impatience._asdict()}
-        argv = ["--config", str(self.recipe), "--output_dir", str(self.output_dir), *_as_argv(self.flags | flags)]
+        argv = ["--config", str(self.recipe), "--output_dir", str(self.output_dir), *as_argv(self.flags | flags)]
         argv += ["--resume_from_checkpoint", "latest"] if self.checkpoints() else ["--overwrite_output_dir"]
         self.started.append(time.time())
         port = _free_port()
@@ -199,13 +200,6 @@ def end_runs(folder: Path | None = None) -> None:
         if folder is None or run.folder.is_relative_to(folder):
             run.kill()
             _runs.discard(run)
-
-
-def _as_argv(flags: dict[str, Any]) -> list[str]:
-    argv = []
-    for name, value in flags.items():
-        argv += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
-    return argv
 
 
 def _free_port() -> int:

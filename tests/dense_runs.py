@@ -17,6 +17,7 @@ from torchvision.transforms.v2.functional import normalize, pil_to_tensor, to_dt
 
 from mimae import MIMAEConfig, MIMAEForPreTraining, run_object_detection, run_semantic_segmentation
 from mimae.data import scenes
+from mimae.training.arguments import as_argv
 
 SCENE_SIZE = 48
 CROP_SIZE = 32
@@ -102,11 +103,7 @@ def places(task: str, images: Path) -> dict[str, Path]:
 
 def command_line(**values: Any) -> list[str]:
     """Flags with their values; None leaves one out."""
-    argv = []
-    for name, value in values.items():
-        if value is not None:
-            argv += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-    return argv
+    return as_argv({name: value for name, value in values.items() if value is not None})
 
 
 def flags(task: str, images: Path, model: Path | None, output_dir: Path, **values: Any) -> list[str]:

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 
 from mimae.run_mim_pretrain import main
+from mimae.training.arguments import as_argv
 from mimae.training.trainer import Pretrainer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -51,10 +52,7 @@ SHORT_RUN = {
 def flags(output_dir, model: Mapping[str, Any] = TINY_MODEL, **values) -> list[str]:
     """The command line of a tiny, short run on a CPU, with `values` on top."""
     values = {**model, **SHORT_RUN, "evaluation_steps": 1000, "probe_samples": 64, **values}
-    argv = ["--use_cpu", "--output_dir", str(output_dir)]
-    for name, value in values.items():
-        argv += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
-    return argv
+    return ["--use_cpu", "--output_dir", str(output_dir), *as_argv(values)]
 
 
 def pretrain(output_dir, *extra: str, **values) -> int:

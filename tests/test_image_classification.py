@@ -23,7 +23,7 @@ from mimae import MIMAEConfig, MIMAEForImageClassification
 from mimae.data.sources import open_digits
 from mimae.evaluation.robustness import CORRUPTIONS, imagenet_a_wnids, imagenet_wnids
 from mimae.run_image_classification import RECIPES, default_recipe, main
-from mimae.training.arguments import RecipeError
+from mimae.training.arguments import RecipeError, as_argv
 from mimae.training.bad_images import TooManyBadImagesError
 from mimae.training.warm_start import Checkpoint, UnfitCheckpointError
 
@@ -56,10 +56,9 @@ def classifier(pretrained) -> Path:
 
 
 def flags(task: str, model, output_dir, *extra: str, **values) -> list[str]:
-    argv = ["--config", str(RECIPES / "digits" / "finetune.yaml"), "--use_cpu", "--task", task]
-    for name, value in {**SHORT, "model_name_or_path": model, "output_dir": output_dir, **values}.items():
-        argv += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
-    return [*argv, *extra]
+    values = {**SHORT, "model_name_or_path": model, "output_dir": output_dir, **values}
+    recipe = str(RECIPES / "digits" / "finetune.yaml")
+    return ["--config", recipe, "--use_cpu", "--task", task, *as_argv(values), *extra]
 
 
 def run(task: str, model, output_dir, *extra: str, **values) -> dict:

@@ -120,6 +120,14 @@ def test_arms_that_are_compared_have_equal_views_and_rates_and_differ_in_masks_a
     assert {name for name, value in configs[0].items() if configs[1][name] != value} <= masks_and_weights
 
 
+def test_a_warm_up_in_steps_wins_over_one_in_epochs():
+    (_, _, args), _ = parse("--config", str(RECIPES / "demo.yaml"), "--warmup_steps", "7")
+    assert args.warmup_epochs > 0
+    schedule = build_schedule(args, steps_per_epoch=22, images_per_step=64, num_views=4)
+    assert schedule.warmup_steps == 7
+    assert schedule(6) < schedule(7) == schedule.peak
+
+
 # of microsoft/SimMIM, configs/swin_base__{800,100}ep: rates are per 512 images there
 @pytest.mark.parametrize(
     ("name", "start", "peak", "final", "epochs", "milestone", "num_masked"),

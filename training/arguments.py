@@ -3,7 +3,7 @@
 import argparse
 import dataclasses
 import difflib
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args, get_origin
@@ -173,6 +173,7 @@ class PretrainingArguments(CropArguments):
     lr_milestone_epochs: list[float] | None = option(None, "multistep: the learning rate is multiplied by lr_gamma.")
     lr_gamma: float = option(0.1, "multistep: the factor.")
     warmup_epochs: float = option(10.0, "Linear from warmup_learning_rate.")
+    warmup_steps: int | None = option(None, "The same in optimiser steps; wins over warmup_epochs.")
     adam_beta1: float = option(0.9, "AdamW.")
     adam_beta2: float = option(0.95, "AdamW.")
     max_nonfinite_steps: int = option(10, "Stop after so many steps in a row without a finite gradient.")
@@ -184,6 +185,7 @@ class PretrainingArguments(CropArguments):
     NOT_NEGATIVE: ClassVar = (
         *RunArguments.NOT_NEGATIVE,
         "warmup_epochs",
+        "warmup_steps",
         "probe_samples",
         "min_learning_rate",
     )
@@ -316,6 +318,14 @@ def check_recipe(recipe: dict[str, Any], groups: Sequence[type], model_fields: C
 def _did_you_mean(name: str, known: list[str]) -> str:
     close = difflib.get_close_matches(name, known, n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def as_argv(flags: Mapping[str, Any]) -> list[str]:
+    """A command line that gives flags these values; a list gives its flag several."""
+    argv = []
+    for name, value in flags.items():
+        argv += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return argv
 
 
 def flag_value(argv: Sequence[str] | None, name: str) -> str | None:
