@@ -1,0 +1,201 @@
+"""`docs/replication.md` and its plots, from the records of all scales."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import fmean, stdev
+
+from mimae.training.arguments import read_recipe
+
+from ..measurement import Table, markdown_table
+from .costs import TEST_IMAGES, price
+from .frozen import MASKED_IMAGES, PROBE_IMAGES
+from .intervals import Interval, verdict
+from .plan import ALL, ARMS, CORRUPTED, FEW, GROUPS, SCALES, Comparison, Scale
+from .plots import save_budgets, save_differences, save_losses
+from .records import Records
+from .results import Results
+
+METRICS = {
+    "knn": "k-NN",
+    "linear_mean": "linear, mean",
+    "linear_cls": "linear, class token",
+    FEW: "fine-tuned, 1 %",
+    ALL: "fine-tuned",
+    CORRUPTED: "corrupted",
+}
+DIAGNOSTICS = {
+    "common_reconstruction_loss": "L_rec",
+    "alignment": "alignment",
+    "uniformity": "uniformity",
+    "rank": "RankMe",
+    "mi_max_loss": "L_max",
+    "mi_min_loss": "L_min",
+    "gate_opened_at": "gate open at step",
+}
+HEAD = f"""# Does it work? A replication in small
+
+What `make replicate` has measured; the program writes this page from the records in [`replication/`](replication).
+All arms of a scale see the same number of masked views in the same number of optimiser steps, with the same learning
+rate, warm-up and weight decay: with one mask a step has four times the images of a step with four, as in the paper.
+No seed was dropped.
+
+- **Images**: Fashion-MNIST, 60,000 to train on, {TEST_IMAGES:,} to test on, at 32 px; 64 patches of 4 px.
+- **k-NN** (k = 20, mean of the patches) and **linear** (logistic regression on the mean of the patches or on the
+  class token) are fitted on the frozen features of {PROBE_IMAGES:,} training images. **Fine-tuned** is the whole
+  model, on 1 % of the images (60 of each class) or on all. **Corrupted** is the mean accuracy of the latter under
+  five corruptions at five severities. All in percent of the test images.
+- **Figures** are mean ± standard deviation over n seeds. Differences, in points, are paired by seed; in brackets is
+  the 95 % interval of Student's t, which is wide for three seeds. *Holds* and *does not hold*: the interval lies on
+  the paper's side of 0, or on the other; *not resolved*: 0 is in it. Where the paper claims nothing it is *higher* or
+  *lower*. Of so many intervals, one in twenty misses by chance.
+- **Diagnostics**: L_rec, alignment and uniformity (Wang and Isola 2020) of {MASKED_IMAGES:,} test images under the
+  same masks for all arms of a kind; RankMe (Garrido et al. 2023) of the test images' mean features; L_max and L_min
+  as last logged in training.
+
+```bash
+make replicate                                         # what is not done yet; end it and begin again as you like
+python -m mimae.benchmarks.replication --list          # the plan, what is done, and the time that is left
+python -m mimae.benchmarks.replication --again mi-mae  # one run with a new seed, beside its prediction interval
+```
+"""
+
+
+def write_report(folder: Path) -> None:
+    """Writes `replication.md` and its plots into a folder, from `replication/<scale>.jsonl` in it."""
+    lines = [HEAD]
+    for scale in SCALES.values():
+        lines += section(scale, Records(folder / "replication" / f"{scale.name}.jsonl"), folder / "replication")
+    (folder / "replication.md").write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
+
+
+def section(scale: Scale, records: Records, pictures: Path) -> list[str]:
+    """All of a scale: its groups with what is measured of them, and the price of the rest."""
+    lines = [f"## Scale `{scale.name}`", "", description(scale, records), ""]
+    for group in GROUPS:
+        results = Results(scale, group, records)
+        if results.budgets:
+            lines += [f"### {group.title}", ""]
+            for table in (accuracies(results), differences(results), diagnostics(results)):
+                lines += [*markdown_table(without_empty_columns(table)), ""]
+            lines += draw(results, pictures)
+    return [*lines, *left_over(scale, records)]
+
+
+def description(scale: Scale, records: Records) -> str:
+    """The scale in words, and the compute that it has taken so far."""
+    words = (
+        f"[`{scale.recipe.name}`](../benchmarks/replication/{scale.recipe.name}): {scale.views_per_step} masked "
+        f"views a step, {', '.join(f'{steps:,}' for steps in scale.steps)} steps, a tenth of them warm-up. Fine-tuning: "
+        f"{scale.epochs[0]} epochs of 1 %, {scale.epochs[1]} of all."
+    )
+    if not records.lines:
+        return f"{words} Nothing is done yet."
+    hours = sum(line["seconds"] for line in records.lines) / 3600
+    devices, commits = (sorted({line[key] for line in records.lines}) for key in ("device", "commit"))
+    versions = ", ".join(f"{name} {version}" for name, version in records.lines[-1]["versions"].items())
+    return (
+        f"{words} So far {len(records.lines)} stages have taken {hours:.1f} hours of one process each "
+        f"({'; '.join(devices)}; commits {', '.join(commit[:7] for commit in commits)}; {versions})."
+    )
+
+
+def accuracies(results: Results) -> Table:
+    """Mean and standard deviation of each arm at each budget."""
+    rows = []
+    for (name, steps), found in results.metrics.items():
+        views = steps * results.scale.views_per_step if ARMS[name].is_trained else 0
+        count = max(len(values) for values in found.values())
+        rows.append([ARMS[name].words, f"{views:,}", count, *(spread(found.get(metric)) for metric in METRICS)])
+    return Table("", ("arm", "views", "n", *METRICS.values()), rows)
+
+
+def differences(results: Results) -> Table:
+    """Of each comparison at each budget, with what the paper has."""
+    rows = []
+    for steps in results.budgets:
+        for each, found in results.differences(steps):
+            cells = [difference_words(found.get(metric), each.claim) for metric in METRICS]
+            views = f"{steps * results.scale.views_per_step:,}"
+            rows.append([comparison_words(each), views, *cells, paper_words(each)])
+    return Table("", ("difference", "views", *METRICS.values(), "paper"), rows)
+
+
+def diagnostics(results: Results) -> Table:
+    """Means of each arm at the longest budget."""
+    longest = results.budgets[-1]
+    rows = []
+    for (name, steps), found in results.metrics.items():
+        if steps == longest or not ARMS[name].is_trained:
+            cells = [fmean(found[metric].values()) if metric in found else None for metric in DIAGNOSTICS]
+            rows.append([ARMS[name].words, *cells])
+    return Table("", ("diagnostics", *DIAGNOSTICS.values()), rows)
+
+
+def draw(results: Results, folder: Path) -> list[str]:
+    """Draws curves over budgets and losses, or bars where there is one budget; returns the lines that show them."""
+    slug = re.sub(r"[^a-z0-9]+", "-", results.group.title.lower()).strip("-")
+    stem = f"{results.scale.name}-{slug}"
+    if len(results.group.budgets) == 1:
+        named = [(comparison_words(each), found) for each, found in results.differences(results.budgets[0])]
+        if not named:
+            return []
+        save_differences(folder / f"{stem}.png", named, METRICS)
+        return [f"![Differences with their intervals](replication/{stem}.png)", ""]
+    save_budgets(folder / f"{stem}.png", results, METRICS)
+    threshold = read_recipe(results.scale.recipe).get("mi_gate_threshold", 0.5)
+    save_losses(folder / f"{stem}-losses.png", results.series(results.budgets[-1]), threshold)
+    return [
+        f"![Accuracy over masked views](replication/{stem}.png)",
+        "",
+        f"![Terms of the loss over the steps of one seed](replication/{stem}-losses.png)",
+        "",
+    ]
+
+
+def left_over(scale: Scale, records: Records) -> list[str]:
+    """What is not done, with its price."""
+    rows = [
+        [group.title, left, f"{flop:.2g}", "-" if hours is None else f"{hours:.1f}"]
+        for group, _, left, flop, hours in price(scale, records)
+        if left
+    ]
+    if not rows:
+        return []
+    columns = ("not done", "stages", "FLOP", "hours of one process, at the rates so far")
+    return ["### What is left", "", *markdown_table(Table("", columns, rows)), ""]
+
+
+def without_empty_columns(table: Table) -> Table:
+    """Columns in which no row has anything are left out."""
+    kept = [i for i in range(len(table.columns)) if any(row[i] not in (None, "") for row in table.rows)]
+    return Table(table.title, [table.columns[i] for i in kept], [[row[i] for i in kept] for row in table.rows])
+
+
+def spread(values: Mapping[int, float] | None) -> str | None:
+    """Mean and standard deviation."""
+    if not values:
+        return None
+    deviation = f" ± {stdev(values.values()):.2f}" if len(values) > 1 else ""
+    return f"{fmean(values.values()):.2f}{deviation}"
+
+
+def difference_words(difference: Interval | None, claim: int) -> str | None:
+    """A difference, its interval and the verdict."""
+    if difference is None:
+        return None
+    if difference.n == 1:
+        return f"{difference.mean:+.2f}, one seed"
+    return f"{difference.mean:+.2f} [{difference.low:+.2f}, {difference.high:+.2f}] {verdict(difference, claim)}"
+
+
+def comparison_words(comparison: Comparison) -> str:
+    """Both arms by their short names."""
+    return f"{comparison.arm} - {comparison.baseline}"
+
+
+def paper_words(comparison: Comparison) -> str:
+    """The paper's differences."""
+    if comparison.paper:
+        return ", ".join(f"{METRICS[metric]} {value:+.1f}" for metric, value in comparison.paper.items())
+    return {1: "better", -1: "worse", 0: ""}[comparison.claim]
