@@ -133,3 +133,7 @@ def run_again(arm: Arm, scale: Scale, records: Records, folder: Path, machine: d
     columns = (str(run), "this run", "95 % prediction interval", "of n", "")
     print("\n".join(markdown_table(Table("", columns, rows))))
     return int(any(row[-1] == "outside" for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

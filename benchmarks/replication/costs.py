@@ -24,12 +24,12 @@ PASSES = 3  # a backward pass costs two forward ones
 def operations(run: Run, stage: str) -> float:
     """Floating-point operations of a stage."""
     per_view, per_image = _forward_operations(run.recipe, tuple(sorted(run.arm.fields.items())))
-    few, every = run.scale.epochs
+    epochs = {stage: read_recipe(run.scale.finetuning(stage))["num_train_epochs"] for stage in (FEW, ALL)}
     return {
         PRETRAIN: PASSES * per_view * (run.views if run.arm.is_trained else run.scale.views_per_step),
         FROZEN: per_image * (PROBE_IMAGES + TEST_IMAGES),
-        FEW: per_image * (PASSES * few * TRAIN_IMAGES / 100 + TEST_IMAGES),
-        ALL: per_image * (PASSES * every * TRAIN_IMAGES + TEST_IMAGES),
+        FEW: per_image * (PASSES * epochs[FEW] * TRAIN_IMAGES / 100 + TEST_IMAGES),
+        ALL: per_image * (PASSES * epochs[ALL] * TRAIN_IMAGES + TEST_IMAGES),
         CORRUPTED: per_image * CORRUPTED_SETS * TEST_IMAGES,
     }[stage]
 

@@ -24,7 +24,7 @@ from mimae.training.families import family_named
 from mimae.training.monitors import probe_indices
 
 BATCH = 500
-PROBE_IMAGES = 20_000  # of training, the same for all, that probes are fitted on
+PROBE_IMAGES = 10_000  # of training, the same for all, that probes are fitted on
 MASKED_IMAGES = 2000  # on which masked views are compared
 # under which the views of all arms are compared, by kind of model
 COMMON_MASKS = {

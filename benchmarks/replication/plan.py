@@ -29,19 +29,22 @@ class Scale:
 
     Args:
         recipe: of pre-training; `swin` is the same for MI-SimMIM's arms.
-        finetuning: recipe of fine-tuning.
+        few, every: recipes of fine-tuning on 1 % of the images, and on all.
         views_per_step: masked views of an optimiser step, over all images.
         steps: the budgets, the shortest first.
-        epochs: of fine-tuning on 1 % of the images, and on all.
     """
 
     name: str
     recipe: Path
     swin: Path
-    finetuning: Path
+    few: Path
+    every: Path
     views_per_step: int
     steps: tuple[int, int, int]
-    epochs: tuple[int, int]
+
+    def finetuning(self, stage: str) -> Path:
+        """The recipe of a stage that fine-tunes, or tests what was fine-tuned."""
+        return self.few if stage == FEW else self.every
 
 
 SCALES = {
@@ -51,19 +54,19 @@ SCALES = {
             "small",
             HERE / "small.yaml",
             HERE / "small_swin.yaml",
+            HERE / "small_finetune_1percent.yaml",
             HERE / "small_finetune.yaml",
             views_per_step=256,
-            steps=(300, 600, 1200),
-            epochs=(20, 2),
+            steps=(400, 800, 1600),
         ),
         Scale(
             "vit-tiny",
             HERE / "vit_tiny.yaml",
             HERE / "small_swin.yaml",
+            HERE / "vit_tiny_finetune_1percent.yaml",
             HERE / "vit_tiny_finetune.yaml",
             views_per_step=1024,
             steps=(1200, 2400, 4800),
-            epochs=(100, 20),
         ),
     )
 }
@@ -131,7 +134,6 @@ ARMS = {
         *(_ratio(*each) for each in product((0.5, 0.9), (None, 4))),
         Arm("six-masks", "6 masks", _masks(6)),
         Arm("eight-masks", "8 masks", _masks(8)),
-        Arm("gate-paper", "gate at the paper's ε_l = 0.5", {"mi_gate_threshold": 0.5}),
         Arm("gate-step", "gate that may close again", {"mi_gate_mode": "step"}),
         Arm("gate-none", "no gate", {"mi_gate_threshold": None}),
         Arm("latent-cls", "ẑ: class token", {"latent_pooling": "cls"}),
@@ -181,17 +183,11 @@ class Run:
         """Masked views in all."""
         return self.steps * self.scale.views_per_step
 
-    def finetuning_flags(self, stage: str) -> dict[str, Any]:
-        """Of the classification script, for the stages that fine-tune."""
-        few, every = self.scale.epochs
-        flags = {"seed": self.seed, "num_train_epochs": few if stage == FEW else every}
-        return {**flags, "train_fraction": 0.01} if stage == FEW else flags
-
     def settings(self, stage: str) -> str:
         """A digest of all that a stage's result follows from; a result of other settings counts for nothing."""
         parts = [read_recipe(self.recipe), self.flags]
         if stage not in (PRETRAIN, FROZEN):
-            parts += [read_recipe(self.scale.finetuning), self.finetuning_flags(stage)]
+            parts.append(read_recipe(self.scale.finetuning(stage)))
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -226,7 +222,7 @@ class Group:
     comparisons: Sequence[Comparison]
     seeds: int
     budgets: tuple[int, ...]
-    stages: tuple[str, ...] = (FROZEN, FEW)
+    stages: tuple[str, ...] = (FROZEN,)
     further: tuple[str, ...] = ()
 
     @property
@@ -242,7 +238,7 @@ GROUPS = (
     Group(
         "Table 1, and the control that it lacks",
         (
-            Comparison("mi-mae", "mae", +1, {"finetune": 0.5, "linear_cls": 1.3, FEW: 1.2}),
+            Comparison("mi-mae", "mae", +1, {"linear_cls": 1.3}),
             Comparison("four-masks", "mae"),
             Comparison("mi-mae", "four-masks"),
         ),
@@ -253,27 +249,39 @@ GROUPS = (
     Group(
         "Table 3a: the terms of the loss",
         (
-            Comparison("rec-max", "mae", +1, {"finetune": 0.3}),
+            Comparison("rec-max", "mae", +1, {ALL: 0.3}),
             Comparison("max-alone", "mae", -1),
-            Comparison("untrained-v", "mae", +1, {"finetune": 0.2}),
-            Comparison("rec-min", "mae", +1, {"finetune": 0.2}),
-            Comparison("mi-mae", "mae", +1, {"finetune": 0.6}),
-            Comparison("mi-mae", "rec-max", +1, {"finetune": 0.3}),
-            Comparison("mi-mae", "untrained-v", +1, {"finetune": 0.4}),
-            Comparison("mi-mae", "rec-min", +1, {"finetune": 0.4}),
+            Comparison("untrained-v", "mae", +1, {ALL: 0.2}),
+            Comparison("rec-min", "mae", +1, {ALL: 0.2}),
+            Comparison("mi-mae", "mae", +1, {ALL: 0.6}),
+            Comparison("mi-mae", "rec-max", +1, {ALL: 0.3}),
+            Comparison("mi-mae", "untrained-v", +1, {ALL: 0.4}),
+            Comparison("mi-mae", "rec-min", +1, {ALL: 0.4}),
         ),
         seeds=3,
-        budgets=(MIDDLE,),
+        budgets=(LONGEST,),
+    ),
+    Group(
+        "Table 1 by fine-tuning on 1 %",
+        (
+            Comparison("mi-mae", "mae", +1, {FEW: 1.2}),
+            Comparison("four-masks", "mae"),
+            Comparison("mi-mae", "four-masks"),
+        ),
+        seeds=5,
+        budgets=(LONGEST,),
+        stages=(FEW,),
+        further=("untrained",),
     ),
     Group(
         "Open choices: the gate",
-        tuple(Comparison(arm, "mi-mae") for arm in ("gate-paper", "gate-step", "gate-none")),
+        tuple(Comparison(arm, "mi-mae") for arm in ("gate-step", "gate-none")),
         seeds=3,
-        budgets=(MIDDLE,),
+        budgets=(LONGEST,),
     ),
     Group(
-        "Table 1 and Table 5 by fine-tuning on all images",
-        (Comparison("mi-mae", "mae", +1, {"finetune": 0.5}), Comparison("mi-mae", "four-masks")),
+        "Table 1 by fine-tuning on all images, and Table 5",
+        (Comparison("mi-mae", "mae", +1, {ALL: 0.5}), Comparison("mi-mae", "four-masks")),
         seeds=3,
         budgets=(LONGEST,),
         stages=(ALL, CORRUPTED),
@@ -281,37 +289,37 @@ GROUPS = (
     Group(
         "Table 3b: the weights",
         (
-            Comparison("weights-1-1", "mi-mae", -1, {"finetune": -0.2}),
-            Comparison("weights-1-20", "mi-mae", -1, {"finetune": -0.1}),
-            Comparison("weights-0.1-10", "mi-mae", -1, {"finetune": -0.3}),
-            Comparison("weights-0.5-10", "mi-mae", -1, {"finetune": -0.1}),
-            Comparison("weights-10-10", "mi-mae", -1, {"finetune": -0.2}),
+            Comparison("weights-1-1", "mi-mae", -1, {ALL: -0.2}),
+            Comparison("weights-1-20", "mi-mae", -1, {ALL: -0.1}),
+            Comparison("weights-0.1-10", "mi-mae", -1, {ALL: -0.3}),
+            Comparison("weights-0.5-10", "mi-mae", -1, {ALL: -0.1}),
+            Comparison("weights-10-10", "mi-mae", -1, {ALL: -0.2}),
         ),
         seeds=3,
-        budgets=(MIDDLE,),
+        budgets=(LONGEST,),
     ),
     Group(
         "Table 3c and Fig. 2: the masks",
         (
-            Comparison("independent", "mi-mae", -1, {"finetune": -0.2}),
-            Comparison("six-masks", "mi-mae", +1, {"finetune": 0.1}),
-            Comparison("eight-masks", "mi-mae", -1, {"finetune": -0.1}),
+            Comparison("independent", "mi-mae", -1, {ALL: -0.2}),
+            Comparison("six-masks", "mi-mae", +1, {ALL: 0.1}),
+            Comparison("eight-masks", "mi-mae", -1, {ALL: -0.1}),
             *(Comparison(f"ratio-{ratio}-{masks}", "mi-mae") for ratio in (0.5, 0.9) for masks in ("complete", 4)),
         ),
         seeds=3,
-        budgets=(MIDDLE,),
+        budgets=(LONGEST,),
     ),
     Group(
         "Open choices: the latent, V and the negatives",
         tuple(Comparison(arm, "mi-mae") for arm in ("latent-cls", "latent-all", "v-token", "negatives-quarter")),
         seeds=3,
-        budgets=(MIDDLE,),
+        budgets=(LONGEST,),
     ),
     Group(
         "Table 1 on a Swin",
         (Comparison("mi-simmim", "simmim", +1),),
         seeds=3,
-        budgets=(MIDDLE,),
+        budgets=(LONGEST,),
     ),
 )
 

@@ -86,8 +86,7 @@ def description(scale: Scale, records: Records) -> str:
     """The scale in words, and the compute that it has taken so far."""
     words = (
         f"[`{scale.recipe.name}`](../benchmarks/replication/{scale.recipe.name}): {scale.views_per_step} masked "
-        f"views a step, {', '.join(f'{steps:,}' for steps in scale.steps)} steps, a tenth of them warm-up. Fine-tuning: "
-        f"{scale.epochs[0]} epochs of 1 %, {scale.epochs[1]} of all."
+        f"views a step, {', '.join(f'{steps:,}' for steps in scale.steps)} steps, a tenth of them warm-up."
     )
     if not records.lines:
         return f"{words} Nothing is done yet."

@@ -93,7 +93,8 @@ def frozen(run: Run, folder: Path, machine: dict[str, Any]) -> dict[str, Any]:
 
 def finetune(run: Run, folder: Path, machine: dict[str, Any], stage: str) -> dict[str, Any]:
     """Fine-tuning; the metric is the accuracy on the test images, in percent."""
-    accuracy = _classify(run, folder, machine, stage, run.finetuning_flags(stage))["metrics"]["accuracy"]
+    flags = {"model_name_or_path": model_of(folder), "seed": run.seed}
+    accuracy = _classify(run, folder, machine, stage, flags)["metrics"]["accuracy"]
     return {"metrics": {stage: 100 * accuracy}}
 
 
@@ -107,8 +108,7 @@ def corrupt(run: Run, folder: Path, machine: dict[str, Any]) -> dict[str, Any]:
 def _classify(run: Run, folder: Path, machine: dict[str, Any], stage: str, flags: dict[str, Any]) -> dict[str, Any]:
     output_dir = folder / stage
     common = {
-        "config": run.scale.finetuning,
-        "model_name_or_path": model_of(folder),
+        "config": run.scale.finetuning(stage),
         "output_dir": output_dir,
         "overwrite_output_dir": True,
     }
