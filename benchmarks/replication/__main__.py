@@ -24,7 +24,7 @@ from mimae.training.results import device_name
 from ..measurement import Table, markdown_table
 from .costs import price
 from .intervals import prediction_interval
-from .plan import ARMS, FEW, FROZEN, GROUPS, PRETRAIN, SCALES, Arm, Run, Scale, tasks
+from .plan import ARMS, GROUPS, SCALES, STAGES, Arm, Run, Scale, tasks
 from .records import Records
 from .report import METRICS, write_report
 from .results import metrics_by_seed
@@ -72,7 +72,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("arms", nargs="*", metavar="arm", help=f"of {', '.join(ARMS)}; default: all")
     parser.add_argument("--scale", choices=SCALES, default="small", help="default: small; vit-tiny wants a GPU")
     parser.add_argument("--list", action="store_true", help="show the plan, and do nothing")
-    parser.add_argument("--again", metavar="ARM", help="run one arm with a new seed, at the shortest length")
+    parser.add_argument("--again", metavar="ARM", help="run one arm with a new seed, and record nothing")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time; default: one a core")
     parser.add_argument("--train_dir", type=Path, help="where Fashion-MNIST's IDX files lie; default: Debian's place")
     parser.add_argument("--work_dir", type=Path, default=Path("outputs/replication"), help="where runs leave models")
@@ -102,31 +102,36 @@ def images_in(scale: Scale, train_dir: Path | None) -> str:
 
 def listing(scale: Scale, records: Records, device: str, jobs: int) -> list[str]:
     """The plan: of each group what there is to do, what is done, and the time that is left on this machine."""
-    rows, total = [], 0.0
-    for group, stages, left, _, hours in price(scale, records, device):
-        total += hours or 0.0
-        rows.append([group.title, stages, stages - left, left, hours])
-    rows.append(["all", *(sum(row[place] for row in rows) for place in (1, 2, 3)), total or None])
-    columns = ("group", "stages", "done", "left", f"hours left, of one of {jobs} jobs")
+    rows = [
+        [group.title, stages, stages - left, left, None if hours is None else hours / jobs]
+        for group, stages, left, _, hours in price(scale, records, device)
+    ]
+    rows.append(["all", *(sum(row[place] or 0 for row in rows) for place in range(1, 5))])
+    columns = ("group", "stages", "done", "left", f"hours left, {jobs} at a time")
     return [f"Scale {scale.name}, {device}", "", *markdown_table(Table("", columns, rows))]
 
 
 def run_again(arm: Arm, scale: Scale, records: Records, folder: Path, machine: dict[str, Any]) -> int:
-    """One run of an arm with a seed that no record has, at the shortest length; nothing is recorded.
+    """One run of an arm with a seed that no record has, of the shortest length that is known; nothing is recorded.
 
     Returns:
         1 if one of its accuracies lies outside of the prediction interval that the records give for one new run.
     """
-    steps = scale.steps[0] if arm.is_trained else 1
-    runs = [Run(scale, arm, steps, seed) for seed in range(max(group.seeds for group in GROUPS) + 1)]
-    known, run = metrics_by_seed(runs[:-1], records), runs[-1]
-    if not known:
-        sys.exit(f"nothing is known of {arm.name} after {steps} steps: there is no interval to compare with")
-    rows, found = [], {}
-    for stage in (PRETRAIN, FROZEN, FEW):
-        found |= run_stage(run, stage, folder / str(run), machine)["metrics"]
+    seeds = max(group.seeds for group in GROUPS)
+    for steps in scale.steps if arm.is_trained else (1,):
+        *recorded, run = (Run(scale, arm, steps, seed) for seed in range(seeds + 1))
+        if known := metrics_by_seed(recorded, records):
+            break
+    else:
+        sys.exit(f"nothing is known of {arm.name} at the scale {scale.name}: there is no interval to compare with")
+    found = {}
+    for stage in STAGES:
+        if records.find(recorded[0], stage):
+            print(f"{run}: {stage} ...", flush=True)
+            found |= run_stage(run, stage, folder / str(run), machine)["metrics"]
+    rows = []
     for metric, words in METRICS.items():
-        if metric in found and metric in known:
+        if metric in found:
             interval = prediction_interval(list(known[metric].values()))
             inside = "inside" if found[metric] in interval else "outside"
             rows.append([words, found[metric], f"{interval.low:.2f} to {interval.high:.2f}", interval.n, inside])

@@ -21,6 +21,10 @@ class Records:
         self.path = path
         self.lines = read_jsonl(path)
 
+    def picture(self, run: Run) -> Path:
+        """Where the reconstructions of a run are kept."""
+        return self.path.with_name(f"{self.path.stem}-{run.arm.name}.png")
+
     def find(self, run: Run, stage: str) -> dict[str, Any] | None:
         """The newest line of a stage with the settings that it would have now."""
         wanted = (str(run), stage, run.settings(stage))

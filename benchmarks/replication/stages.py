@@ -5,7 +5,8 @@ import os
 import sys
 import traceback
 from collections.abc import Mapping
-from multiprocessing import get_context
+from functools import partial
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,12 @@ def run_stage(run: Run, stage: str, folder: Path, machine: Mapping[str, Any]) ->
         end = "".join(log.read_text(errors="replace").splitlines(keepends=True)[-20:]) if log.exists() else ""
         raise StageError(f"{stage} of {run} ended with exit code {process.exitcode}; {log} ends so:\n{end}")
     return json.loads(outcome.read_text())
+
+
+def end_stages() -> None:
+    """Asks all that are running to end; a pre-training saves a checkpoint first."""
+    for process in active_children():
+        process.terminate()
 
 
 def _child(run: Run, stage: str, folder: Path, machine: dict[str, Any], log: Path) -> None:
@@ -133,7 +140,7 @@ def _short(value: float | None) -> float | None:
 _STAGES = {
     PRETRAIN: pretrain,
     FROZEN: frozen,
-    FEW: lambda *each: finetune(*each, FEW),
-    ALL: lambda *each: finetune(*each, ALL),
+    FEW: partial(finetune, stage=FEW),
+    ALL: partial(finetune, stage=ALL),
     CORRUPTED: corrupt,
 }

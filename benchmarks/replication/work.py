@@ -1,5 +1,6 @@
 """Doing what is left, some runs at a time."""
 
+import shutil
 import time
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -10,7 +11,7 @@ from typing import Any
 from .costs import operations
 from .plan import PRETRAIN, Group, Run
 from .records import Records
-from .stages import StageError, model_of, run_stage
+from .stages import StageError, end_stages, model_of, run_stage
 
 Task = tuple[Group, Run, str]
 
@@ -36,7 +37,8 @@ def work(
         futures = []
         for run, members in groupby(left, key=lambda task: task[1]):
             stages = [stage for _, _, stage in members]
-            futures.append(threads.submit(_do_stages, run, stages, records, folder / str(run), machine, device))
+            own = folder / f"{run}-{run.settings(PRETRAIN)}"
+            futures.append(threads.submit(_do_stages, run, stages, records, own, machine, device))
         try:
             for future in as_completed(futures):
                 try:
@@ -46,6 +48,7 @@ def work(
                     print(error, flush=True)
         except KeyboardInterrupt:
             threads.shutdown(wait=False, cancel_futures=True)
+            end_stages()
             raise
     return failures
 
@@ -61,5 +64,7 @@ def _do_stages(
         outcome = run_stage(run, stage, folder, machine)
         seconds = time.perf_counter() - began
         records.add(run, stage, outcome, operations=operations(run, stage), seconds=seconds, device=device)
+        if stage == PRETRAIN and run.is_shown:
+            shutil.copy(model_of(folder) / "reconstructions.png", records.picture(run))
         shown = "  ".join(f"{k} {v:.4g}" for k, v in outcome["metrics"].items() if v is not None)
         print(f"{run}  {stage}  {seconds:.0f} s  {shown}", flush=True)
