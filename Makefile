@@ -4,7 +4,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 OUTPUT_DIR ?= outputs/demo
 
-.PHONY: install demo test test-slow drills bench lint format clean
+.PHONY: install demo test test-slow drills bench replicate lint format clean
 
 install: $(INSTALLED)
 
@@ -28,6 +28,9 @@ drills: install
 
 bench: install
 	$(BIN)/python -m mimae.benchmarks
+
+replicate: install
+	$(BIN)/python -m mimae.benchmarks.replication
 
 lint: install
 	$(BIN)/ruff check .

@@ -1,6 +1,8 @@
 """Real photographs in every wrapping the data tests need."""
 
+import gzip
 import io
+import struct
 import tarfile
 from functools import lru_cache
 from pathlib import Path
@@ -94,3 +96,10 @@ def pretraining_loader(source, **options):
 
 def take(batches, count):
     return [next(batches) for _ in range(count)]
+
+
+def write_idx(path, values, compress=False):
+    """An array of bytes in the format of MNIST's files."""
+    header = bytes([0, 0, 8, values.ndim]) + struct.pack(f">{values.ndim}I", *values.shape)
+    content = header + values.tobytes()
+    path.write_bytes(gzip.compress(content) if compress else content)

@@ -1,12 +1,10 @@
 """Every way into the data gives the same images and labels; what is wrong is named, with what would be right."""
 
-import gzip
 import http.server
 import io
 import json
 import os
 import pickle
-import struct
 import subprocess
 import sys
 import tarfile
@@ -28,6 +26,7 @@ from mimae.tests.data_helpers import (
     FEATURES,
     jpegs,
     shards,
+    write_idx,
     write_parquet,
     write_tars,
 )
@@ -49,12 +48,6 @@ def image_folder(tmp_path):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(image)
     return str(tmp_path / "folder")
-
-
-def write_idx(path, values, compress):
-    header = bytes([0, 0, 8, values.ndim]) + struct.pack(f">{values.ndim}I", *values.shape)
-    content = header + values.tobytes()
-    path.write_bytes(gzip.compress(content) if compress else content)
 
 
 def write_idx_folder(folder, compress, split="train", count=5):

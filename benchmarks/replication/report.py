@@ -11,7 +11,7 @@ from ..measurement import Table, markdown_table
 from .costs import TEST_IMAGES, price
 from .frozen import MASKED_IMAGES, PROBE_IMAGES
 from .intervals import Interval, verdict
-from .plan import ALL, ARMS, CORRUPTED, FEW, GROUPS, SCALES, Comparison, Scale
+from .plan import ALL, ARMS, CORRUPTED, FEW, FROZEN, GROUPS, SCALES, Comparison, Scale
 from .plots import save_budgets, save_differences, save_losses
 from .records import Records
 from .results import Results
@@ -33,6 +33,7 @@ DIAGNOSTICS = {
     "mi_min_loss": "L_min",
     "gate_opened_at": "gate open at step",
 }
+OF_INFORMATION_TERMS = ("mi_max_loss", "mi_min_loss", "gate_opened_at")
 HEAD = f"""# Does it work? A replication in small
 
 What `make replicate` has measured; the program writes this page from the records in [`replication/`](replication).
@@ -75,9 +76,12 @@ def section(scale: Scale, records: Records, pictures: Path) -> list[str]:
     for group in GROUPS:
         results = Results(scale, group, records)
         if results.budgets:
+            tables = [accuracies(results), differences(results)]
+            if FROZEN in group.stages:
+                tables.append(diagnostics(results))
             lines += [f"### {group.title}", ""]
-            for table in (accuracies(results), differences(results), diagnostics(results)):
-                lines += [*markdown_table(without_empty_columns(table)), ""]
+            for table in map(without_empty_columns, tables):
+                lines += [*markdown_table(table), ""] if table.rows else []
             lines += draw(results, pictures)
     return [*lines, *left_over(scale, records)]
 
@@ -126,8 +130,10 @@ def diagnostics(results: Results) -> Table:
     rows = []
     for (name, steps), found in results.metrics.items():
         if steps == longest or not ARMS[name].is_trained:
-            cells = [fmean(found[metric].values()) if metric in found else None for metric in DIAGNOSTICS]
-            rows.append([ARMS[name].words, *cells])
+            shown = {metric: fmean(found[metric].values()) for metric in DIAGNOSTICS if metric in found}
+            if not ARMS[name].has_information_terms:
+                shown = {metric: value for metric, value in shown.items() if metric not in OF_INFORMATION_TERMS}
+            rows.append([ARMS[name].words, *(shown.get(metric) for metric in DIAGNOSTICS)])
     return Table("", ("diagnostics", *DIAGNOSTICS.values()), rows)
 
 

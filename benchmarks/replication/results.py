@@ -1,6 +1,6 @@
 """What is known of a group: metrics by arm, budget and seed, and their differences."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 
 from .intervals import Interval, paired_difference
@@ -10,11 +10,11 @@ from .records import Records
 Metrics = dict[str, dict[int, float]]  # metric -> seed -> value
 
 
-def metrics_by_seed(runs: Iterable[Run], records: Records) -> Metrics:
-    """What the records have of runs that differ in nothing but their seed."""
+def metrics_by_seed(runs: Iterable[Run], records: Records, stages: Sequence[str] = STAGES) -> Metrics:
+    """What the records have of some stages of runs that differ in nothing but their seed."""
     found: Metrics = {}
     for run in runs:
-        lines = filter(None, (records.find(run, stage) for stage in STAGES))
+        lines = filter(None, (records.find(run, stage) for stage in stages))
         for metric, value in (item for line in lines for item in line["metrics"].items()):
             if value is not None:
                 found.setdefault(metric, {})[run.seed] = value
@@ -32,9 +32,10 @@ class Results:
         self.metrics: dict[tuple[str, int], Metrics] = {}
         order = list(ARMS)
         by_arm = sorted(runs_of(group, scale), key=lambda run: (run.steps, order.index(run.arm.name), run.seed))
-        for (name, steps), runs in groupby(by_arm, key=lambda run: (run.arm.name, run.steps)):
-            if metrics := metrics_by_seed(runs, records):
-                self.metrics[name, steps] = metrics
+        for (name, steps), members in groupby(by_arm, key=lambda run: (run.arm.name, run.steps)):
+            runs = list(members)
+            if found := metrics_by_seed(runs, records, group.stages):
+                self.metrics[name, steps] = metrics_by_seed(runs, records, (PRETRAIN,)) | found
 
     @property
     def budgets(self) -> list[int]:
