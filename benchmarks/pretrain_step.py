@@ -268,7 +268,7 @@ def rate_words(rates: dict[str, float]) -> str:
 
 
 def bars_of_cpu(speed: Speed, device: torch.device) -> list[Bar]:
-    """Without figures where there is a GPU. Ours is run the faster way, eager or compiled; transformers' as it ships."""
+    """Without figures where there is a GPU. Ours is run the faster way, eager or compiled; transformers' is eager."""
     here = device.type == "cpu"
     found = []
     for precision in PRECISIONS:

@@ -289,6 +289,21 @@ def test_the_page_says_what_the_records_say(tmp_path, gain, word):
         assert (tmp_path / "replication" / f"small-table-1-and-the-control-that-it-lacks{picture}.png").exists()
 
 
+def test_the_readme_quotes_the_longest_budget_and_nothing_else_of_it_changes(tmp_path):
+    fill(tmp_path)
+    readme = tmp_path / "README.md"
+    readme.write_text("# Title\n<!-- replication, small: begin -->\nold\n<!-- replication, small: end -->\nthe end\n")
+    write_report(tmp_path, readme)
+    first = readme.read_text()
+    assert first.startswith("# Title\n")
+    assert first.endswith("-->\nthe end\n")
+    assert "old" not in first
+    assert "| 819,200 | 5 | 71.2" in first
+    assert "| 409,600" not in first
+    write_report(tmp_path, readme)
+    assert readme.read_text() == first
+
+
 def test_a_page_of_nothing_is_the_plan_alone(tmp_path):
     (tmp_path / "replication").mkdir()
     write_report(tmp_path)

@@ -31,7 +31,8 @@ from .results import metrics_by_seed
 from .stages import run_stage
 from .work import work
 
-DOCS = Path(__file__).parents[2] / "docs"
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -58,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("interrupted; what was finished is kept", flush=True)
         return 130
     finally:
-        write_report(flags.output_dir)
+        write_report(flags.output_dir, ROOT / "README.md" if flags.output_dir == DOCS else None)
     return int(bool(failures))
 
 

@@ -62,12 +62,32 @@ python -m mimae.benchmarks.replication --again mi-mae  # one run with a new seed
 """
 
 
-def write_report(folder: Path) -> None:
-    """Writes `replication.md` and its plots into a folder, from `replication/<scale>.jsonl` in it."""
+def write_report(folder: Path, readme: Path | None = None) -> None:
+    """Writes `replication.md` and its plots into a folder, from `replication/<scale>.jsonl` in it.
+
+    Args:
+        readme: a page that quotes the first group between two marks.
+    """
     lines = [HEAD]
     for scale in SCALES.values():
-        lines += section(scale, Records(folder / "replication" / f"{scale.name}.jsonl"), folder / "replication")
+        records = Records(folder / "replication" / f"{scale.name}.jsonl")
+        lines += section(scale, records, folder / "replication")
+        results = Results(scale, GROUPS[0], records)
+        if readme and results.budgets:
+            quote(results, readme)
     (folder / "replication.md").write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
+
+
+def quote(results: Results, readme: Path) -> None:
+    """Puts the longest budget's table between the scale's marks of a page."""
+    views = f"{results.budgets[-1] * results.scale.views_per_step:,}"
+    table = accuracies(results)
+    rows = [row for row in table.rows if row[1] in ("0", views)]
+    lines = markdown_table(without_empty_columns(Table("", table.columns, rows)))
+    begin, end = (f"<!-- replication, {results.scale.name}: {word} -->" for word in ("begin", "end"))
+    text = readme.read_text(encoding="utf-8")
+    quoted = re.sub(f"(?<={begin}\n).*(?={end})", "\n".join(["", *lines, "", ""]), text, flags=re.DOTALL)
+    readme.write_text(quoted, encoding="utf-8")
 
 
 def section(scale: Scale, records: Records, pictures: Path) -> list[str]:
