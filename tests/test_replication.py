@@ -30,7 +30,7 @@ from mimae.benchmarks.replication.plan import (
     FEW,
     FROZEN,
     GROUPS,
-    LONGEST,
+    MIDDLE,
     PRETRAIN,
     SCALES,
     STAGES,
@@ -360,7 +360,7 @@ def tiny_recipes(folder: Path) -> dict[str, Path]:
 
 
 def test_a_study_is_done_once_goes_on_where_it_was_and_can_be_run_again(tiny, tmp_path, monkeypatch, capsys):
-    group = replace(GROUPS[0], seeds=2, budgets=(LONGEST,), stages=(FROZEN, FEW), further=())
+    group = replace(GROUPS[0], seeds=2, budgets=(MIDDLE,), stages=(FROZEN, FEW), further=())
     monkeypatch.setattr("mimae.benchmarks.replication.plan.GROUPS", (group,))
     monkeypatch.setattr("mimae.benchmarks.replication.report.GROUPS", (group,))
     monkeypatch.setattr(replication, "GROUPS", (group,))
@@ -373,7 +373,9 @@ def test_a_study_is_done_once_goes_on_where_it_was_and_can_be_run_again(tiny, tm
     frozen = [line["metrics"] for line in lines if line["stage"] == FROZEN]
     assert all(10 < metrics["knn"] < 100 and 0 < metrics["linear_cls"] < 100 for metrics in frozen)
     assert (tmp_path / "docs/replication/small-mi-mae.png").exists()
-    assert "MI-MAE (f)" in (tmp_path / "docs/replication.md").read_text()
+    page = (tmp_path / "docs/replication.md").read_text()
+    assert "| MI-MAE (f) | 256 | 2 |" in page
+    assert page.count("(replication/small-mi-mae.png)") == 1
 
     capsys.readouterr()
     shutil.rmtree(tmp_path / "work")

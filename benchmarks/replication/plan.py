@@ -20,9 +20,8 @@ from mimae.training.arguments import read_recipe
 HERE = Path(__file__).parent
 PRETRAIN, FROZEN, FEW, ALL, CORRUPTED = "pretrain", "frozen", "finetune_1percent", "finetune", "corruptions"
 STAGES = (PRETRAIN, FROZEN, FEW, ALL, CORRUPTED)
+SHORTEST, MIDDLE, LONGEST = range(3)  # of a scale's budgets
 WARM_UP = 0.1  # of the steps
-
-
 REC_ONLY = {"mi_max_weight": 0, "mi_min_weight": 0}
 
 
@@ -185,8 +184,8 @@ class Run:
 
     @property
     def is_shown(self) -> bool:
-        """Whether it stands for its arm where a picture of one run is wanted."""
-        return self.seed == 0 and self.steps in (1, self.scale.steps[-1])
+        """Whether it stands for its arm where a picture of one run is wanted: at the budget that all arms have."""
+        return self.seed == 0 and self.steps in (1, self.scale.steps[MIDDLE])
 
     @property
     def views(self) -> int:
@@ -225,7 +224,7 @@ class Group:
         comparisons: their arms, and those of `further`, are run.
         seeds: how many.
         budgets: places in the scale's `steps`.
-        stages: after the pre-training.
+        stages: after the pre-training; what the group tells of.
     """
 
     title: str
@@ -242,7 +241,6 @@ class Group:
         return list(dict.fromkeys([*self.further, *named]))
 
 
-SHORTEST, MIDDLE, LONGEST = range(3)
 # differences of the paper's figures: Tables 1, 3 and 5, and Sec. 5.3
 GROUPS = (
     Group(

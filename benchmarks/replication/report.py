@@ -11,7 +11,7 @@ from ..measurement import Table, markdown_table
 from .costs import TEST_IMAGES, price
 from .frozen import MASKED_IMAGES, PROBE_IMAGES
 from .intervals import Interval, verdict
-from .plan import ALL, ARMS, CORRUPTED, FEW, FROZEN, GROUPS, SCALES, Comparison, Scale
+from .plan import ALL, ARMS, CORRUPTED, FEW, FROZEN, GROUPS, PRETRAIN, SCALES, Comparison, Scale, tasks
 from .plots import save_budgets, save_differences, save_losses
 from .records import Records
 from .results import Results
@@ -102,7 +102,7 @@ def section(scale: Scale, records: Records, pictures: Path) -> list[str]:
             lines += [f"### {group.title}", ""]
             for table in map(without_empty_columns, tables):
                 lines += [*markdown_table(table), ""] if table.rows else []
-            lines += draw(results, pictures)
+            lines += [*draw(results, pictures), *reconstructions(results, records)]
     return [*lines, *left_over(scale, records)]
 
 
@@ -176,6 +176,16 @@ def draw(results: Results, folder: Path) -> list[str]:
         f"![Terms of the loss over the steps of one seed](replication/{stem}-losses.png)",
         "",
     ]
+
+
+def reconstructions(results: Results, records: Records) -> list[str]:
+    """Pictures of the arms that are first run for this group."""
+    lines = []
+    for group, run, stage in tasks(results.scale):
+        picture = records.picture(run)
+        if group is results.group and stage == PRETRAIN and run.is_shown and picture.exists():
+            lines += [f"Reconstructions, {run.arm.words}:", "", f"![{run.arm.name}](replication/{picture.name})", ""]
+    return lines
 
 
 def left_over(scale: Scale, records: Records) -> list[str]:

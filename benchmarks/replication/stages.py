@@ -93,8 +93,7 @@ def pretrain(run: Run, folder: Path, machine: dict[str, Any]) -> dict[str, Any]:
 def frozen(run: Run, folder: Path, machine: dict[str, Any]) -> dict[str, Any]:
     """See `measure_frozen`."""
     recipe = read_recipe(run.recipe) | {"train_dir": machine["train_dir"]}
-    use_cpu = machine["use_cpu"] or not torch.cuda.is_available()
-    device = torch.device("cpu" if use_cpu else "cuda")
+    device = torch.device("cpu" if machine["use_cpu"] else "cuda")
     return {"metrics": measure_frozen(model_of(folder), recipe, device)}
 
 

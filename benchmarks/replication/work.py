@@ -46,7 +46,7 @@ def work(
                 except StageError as error:
                     failures.append(str(error))
                     print(error, flush=True)
-        except KeyboardInterrupt:
+        except BaseException:  # interrupted, or a result cannot be kept
             threads.shutdown(wait=False, cancel_futures=True)
             end_stages()
             raise
