@@ -251,6 +251,13 @@ def test_a_stage_that_fails_is_told_and_costs_no_other_run(tmp_path, monkeypatch
     assert done == []
 
 
+def test_what_an_earlier_start_has_taken_counts(tmp_path, monkeypatch):
+    monkeypatch.setattr(work_module, "run_stage", lambda *_: {**OUTCOME, "seconds": 1000.0})
+    records, run = Records(tmp_path / "small.jsonl"), Run(SMALL, ARMS["mae"], 800, 1)
+    work([(GROUPS[0], run, PRETRAIN)], records, tmp_path, jobs=1, machine={}, device="here")
+    assert records.find(run, PRETRAIN)["seconds"] == 1000
+
+
 def test_time_that_is_left_follows_from_the_rates_of_what_is_done(tmp_path):
     records, run = Records(tmp_path / "small.jsonl"), Run(SMALL, ARMS["mae"], 800, 0)
     assert seconds(run, PRETRAIN, records) is None

@@ -6,6 +6,7 @@ import sys
 import traceback
 from collections.abc import Mapping
 from functools import partial
+from itertools import pairwise
 from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,7 @@ def _child(run: Run, stage: str, folder: Path, machine: dict[str, Any], log: Pat
 
 
 def pretrain(run: Run, folder: Path, machine: dict[str, Any]) -> dict[str, Any]:
-    """The pre-training; what is kept of it is the course of its terms."""
+    """The pre-training; what is kept is the course of its terms, and the time of its steps over all starts."""
     output_dir = model_of(folder)
     flags = {"config": run.recipe, **run.flags, **machine, "output_dir": output_dir}
     begun = any(output_dir.glob("checkpoint-*"))
@@ -87,7 +88,15 @@ def pretrain(run: Run, folder: Path, machine: dict[str, Any]) -> dict[str, Any]:
     series = {name: [_short(line[name]) for line in kept] for name in ("step", *SERIES)}
     opened = [line["step"] for line in lines if line["mi_active"]]
     last = {name: _short(lines[-1][name]) for name in SERIES[:3]}
-    return {"metrics": {**last, "gate_opened_at": opened[0] if opened else None}, "series": series}
+    ends = [0, *(line["step"] for line in lines)]
+    seconds = sum(
+        (end - begin) * line["seconds_per_step"] for line, (begin, end) in zip(lines, pairwise(ends), strict=True)
+    )
+    return {
+        "metrics": {**last, "gate_opened_at": opened[0] if opened else None},
+        "series": series,
+        "seconds": seconds,
+    }
 
 
 def frozen(run: Run, folder: Path, machine: dict[str, Any]) -> dict[str, Any]:

@@ -62,7 +62,7 @@ def _do_stages(
     for stage in stages:
         began = time.perf_counter()
         outcome = run_stage(run, stage, folder, machine)
-        seconds = time.perf_counter() - began
+        seconds = max(time.perf_counter() - began, outcome.get("seconds", 0.0))  # it may have begun in another start
         records.add(run, stage, outcome, operations=operations(run, stage), seconds=seconds, device=device)
         if stage == PRETRAIN and run.is_shown:
             shutil.copy(model_of(folder) / "reconstructions.png", records.picture(run))
