@@ -48,6 +48,8 @@ def stopping_after(parse: Callable[..., Any]) -> Callable[..., NoReturn]:
 )
 def test_every_documented_command_is_understood(module, argv, monkeypatch):
     script = importlib.import_module(module)
+    if hasattr(script, "__path__"):
+        script = importlib.import_module(f"{module}.__main__")
     owner = script if hasattr(script, "parse_arguments") else dense_run
     if module.startswith("mimae.run_"):
         monkeypatch.setattr(owner, "parse_arguments", stopping_after(owner.parse_arguments))
