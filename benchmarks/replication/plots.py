@@ -13,7 +13,8 @@ from .plan import ARMS
 from .results import Results
 
 DPI = 110
-LOSSES = {"reconstruction_loss": "L_rec", "mi_max_loss": "L_max", "mi_min_loss": "L_min"}
+RECONSTRUCTION = "reconstruction_loss"
+LOSSES = {RECONSTRUCTION: "L_rec", "mi_max_loss": "L_max", "mi_min_loss": "L_min"}
 
 
 def save_budgets(path: Path, results: Results, metrics: Mapping[str, str]) -> None:
@@ -69,13 +70,14 @@ def save_losses(path: Path, series: Mapping[str, Mapping[str, Sequence[float]]],
     figure = Figure(figsize=(3.6 * len(LOSSES), 3.0), layout="constrained")
     for place, (name, words) in enumerate(LOSSES.items()):
         axes = figure.add_subplot(1, len(LOSSES), place + 1)
-        for arm, values in series.items():
-            axes.plot(values["step"], values[name], linewidth=1, label=ARMS[arm].words)
+        for number, (arm, values) in enumerate(series.items()):
+            if name == RECONSTRUCTION or ARMS[arm].has_information_terms:
+                axes.plot(values["step"], values[name], f"C{number}", linewidth=1, label=ARMS[arm].words)
         axes.set(title=words, xlabel="step")
         axes.grid(alpha=0.3)
     if threshold is not None:
         figure.axes[0].axhline(threshold, color="gray", linestyle="--", linewidth=0.8)
-        figure.axes[0].annotate("ε_l", (0, threshold), fontsize=8)
+        figure.axes[0].annotate("ε_l", (1.01, threshold), xycoords=("axes fraction", "data"), va="center", fontsize=8)
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     _save(figure, path)
 
