@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ from mimae.hub.model_card import write_backbone_card, write_classification_card,
 from mimae.modeling_mim import patchify, unpatchify
 from mimae.training.curves import save_curves
 from mimae.training.pictures import reconstruction_images, save_reconstructions
+from mimae.training.results import source_commit
 
 PATCH_SIZE, NUM_MASKS, NUM_PATCHES = 4, 3, 3 * 5
 MEAN, STD = {1: [0.3], 2: [0.4, 0.5], 3: [0.485, 0.456, 0.406]}, {1: [0.25], 2: [0.2, 0.3], 3: [0.229, 0.224, 0.225]}
@@ -443,3 +446,19 @@ def test_the_example_has_the_form_of_what_a_run_writes_today(tmp_path):
     assert [re.sub(r"[\d.]+ %", "", line) for line in example] == [re.sub(r"[\d.]+ %", "", line) for line in written]
     for name in ("reconstructions.png", "curves.png"):
         assert (EXAMPLES / "digits" / name).stat().st_size > 1000
+
+
+def test_the_commit_of_a_result_is_dirty_when_code_differs_and_not_when_documents_do(tmp_path):
+    assert source_commit(tmp_path) is None
+    git = partial(subprocess.run, check=True, cwd=tmp_path, capture_output=True, text=True)
+    (tmp_path / "docs").mkdir()
+    files = [tmp_path / name for name in ("README.md", "docs/results.jsonl", "masking.py")]
+    for file in files:
+        file.write_text("one\n")
+    git(["git", "init", "--quiet"])
+    git(["git", "add", "."])
+    git(["git", "-c", "user.name=a", "-c", "user.email=a@example.com", "commit", "--quiet", "--message", "one"])
+    commit = git(["git", "rev-parse", "HEAD"]).stdout.strip()
+    for file, expected in zip(files, (commit, commit, f"{commit}-dirty"), strict=True):
+        file.write_text("two\n")
+        assert source_commit(tmp_path) == expected

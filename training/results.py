@@ -15,6 +15,7 @@ from .checkpoints import write_json
 from .curves import save_curves
 from .jsonl import read_jsonl
 
+ROOT = Path(__file__).resolve().parents[1]
 RESULTS_FILE = "results.json"
 LOSSES = ("reconstruction_loss", "mi_max_loss", "mi_min_loss", "approximation_loss", "objective")
 PROBES = ("knn_accuracy", "linear_accuracy")
@@ -33,14 +34,20 @@ def package_versions() -> dict[str, str]:
     return {name: version(name) for name in PACKAGES}
 
 
-def source_commit() -> str | None:
-    """The commit of this code, with "-dirty" where files differ from it; None where it is no checkout of its own."""
-    root = Path(__file__).resolve().parents[1]
+def source_commit(root: Path = ROOT) -> str | None:
+    """The commit of this code, with "-dirty" where code differs from it; None where it is no checkout of its own.
+
+    Documents are not code: a program that writes its results into them leaves the next one the commit it has.
+    """
     if not (root / ".git").exists():
         return None
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    result = subprocess.run(command, capture_output=True, text=True)
-    return result.stdout.strip() or None
+    commit = _git(root, "rev-parse", "HEAD").stdout.strip()
+    is_dirty = _git(root, "diff", "--quiet", "HEAD", "--", ".", ":(exclude)docs", ":(exclude)*.md").returncode
+    return f"{commit}-dirty" if commit and is_dirty else commit or None
+
+
+def _git(root: Path, *command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["git", "-C", str(root), *command], capture_output=True, text=True)
 
 
 def write_record(output_dir: Path, results: Mapping[str, Any]) -> dict[str, Any]:
