@@ -26,7 +26,9 @@ from mimae.benchmarks.replication.intervals import (
     verdict,
 )
 from mimae.benchmarks.replication.plan import (
+    ALL,
     ARMS,
+    CORRUPTED,
     FEW,
     FROZEN,
     GROUPS,
@@ -39,7 +41,7 @@ from mimae.benchmarks.replication.plan import (
     tasks,
 )
 from mimae.benchmarks.replication.records import Records
-from mimae.benchmarks.replication.report import write_report
+from mimae.benchmarks.replication.report import description, write_report
 from mimae.benchmarks.replication.stages import StageError
 from mimae.benchmarks.replication.work import work
 from mimae.data.arguments import DataArguments
@@ -258,6 +260,18 @@ def test_what_an_earlier_start_has_taken_counts(tmp_path, monkeypatch):
     assert records.find(run, PRETRAIN)["seconds"] == 1000
 
 
+def test_a_model_that_is_needed_again_is_priced_once_more_and_once(tmp_path):
+    records = fill(tmp_path)
+    few, every = (group for group in GROUPS if FEW in group.stages or ALL in group.stages)
+    prices = {group.title: operations for group, _, _, operations, _ in price(SMALL, records)}
+    assert prices[GROUPS[0].title] == 0
+    own = sum(operations(run, FEW) for run in runs_of(few, SMALL))
+    assert prices[few.title] == pytest.approx(own + sum(operations(run, PRETRAIN) for run in runs_of(few, SMALL)))
+    assert prices[every.title] == pytest.approx(
+        sum(operations(run, stage) for run in runs_of(every, SMALL) for stage in (ALL, CORRUPTED))
+    )
+
+
 def test_time_that_is_left_follows_from_the_rates_of_what_is_done(tmp_path):
     records, run = Records(tmp_path / "small.jsonl"), Run(SMALL, ARMS["mae"], 800, 0)
     assert seconds(run, PRETRAIN, records) is None
@@ -294,6 +308,27 @@ def test_the_page_says_what_the_records_say(tmp_path, gain, word):
     assert "Table 3b" in page.split("### What is left")[1]  # priced
     for picture in ("", "-losses"):
         assert (tmp_path / "replication" / f"small-table-1-and-the-control-that-it-lacks{picture}.png").exists()
+
+
+def test_what_holds_stands_first_and_groups_without_news_are_left_out(tmp_path):
+    records = fill(tmp_path)
+    write_report(tmp_path)
+    page = (tmp_path / "replication.md").read_text()
+    (row,) = [line for line in page.split("### What holds")[1].splitlines() if line.startswith("| MI-MAE (f): better")]
+    assert row == "| MI-MAE (f): better than MAE: one mask, L_rec (a) | 819,200 | 5 | holds |"
+    titles = [line for line in page.splitlines() if line.startswith("### ")]
+    assert [title for title in titles if "Table" in title] == [f"### {GROUPS[0].title}"]
+    add(records, Run(SMALL, ARMS["rec-max"], 1600, 0), FROZEN)
+    write_report(tmp_path)
+    page = (tmp_path / "replication.md").read_text()
+    assert f"### {GROUPS[1].title}" in page
+    assert "| L_rec + L_max (b): better than MAE: one mask, L_rec (a) | 409,600 | 1 | one seed |" in page
+
+
+def test_versions_of_all_records_are_told(tmp_path):
+    records = fill(tmp_path)
+    records.lines[0]["versions"]["torch"] = "2.11.0"
+    assert f"torch 2.11.0 and {records.lines[-1]['versions']['torch']}, " in description(SMALL, records)
 
 
 def test_the_readme_quotes_the_longest_budget_and_nothing_else_of_it_changes(tmp_path):

@@ -70,10 +70,19 @@ def seconds(run: Run, stage: str, records: Records, device: str | None = None) -
 def price(
     scale: Scale, records: Records, device: str | None = None
 ) -> Iterator[tuple[Group, int, int, float, float | None]]:
-    """Of each group: stages in all, those that are not done, their operations, and the hours that they take."""
+    """Of each group: stages in all, those that are not done, their operations, and the hours that they take.
+
+    Models are not in a checkout: where one was trained already, and a stage that needs it is not done, its training is
+    in the operations and hours once more.
+    """
+    models: set[str] = set()
     for group, members in groupby(tasks(scale), key=lambda task: task[0]):
         stages = [(run, stage) for _, run, stage in members]
         left = [(run, stage) for run, stage in stages if not records.find(run, stage)]
-        times = [seconds(run, stage, records, device) for run, stage in left]
+        models |= {str(run) for run, stage in left if stage == PRETRAIN}
+        again = {str(run): (run, PRETRAIN) for run, _ in left if str(run) not in models}
+        models |= again.keys()
+        work = [*again.values(), *left]
+        times = [seconds(run, stage, records, device) for run, stage in work]
         hours = None if None in times else sum(times) / 3600
-        yield group, len(stages), len(left), sum(operations(run, stage) for run, stage in left), hours
+        yield group, len(stages), len(left), sum(operations(run, stage) for run, stage in work), hours

@@ -1,7 +1,7 @@
 """`docs/replication.md` and its plots, from the records of all scales."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -91,19 +91,48 @@ def quote(results: Results, readme: Path) -> None:
 
 
 def section(scale: Scale, records: Records, pictures: Path) -> list[str]:
-    """All of a scale: its groups with what is measured of them, and the price of the rest."""
+    """All of a scale: what holds, the groups with what is measured of them, and the price of the rest."""
     lines = [f"## Scale `{scale.name}`", "", description(scale, records), ""]
+    measured = groups_with_news(scale, records)
+    found = findings(measured)
+    if found.rows:
+        lines += ["### What holds", "", *markdown_table(without_empty_columns(found)), ""]
+    for results in measured:
+        tables = [accuracies(results), differences(results)]
+        if FROZEN in results.group.stages:
+            tables.append(diagnostics(results))
+        lines += [f"### {results.group.title}", ""]
+        for table in map(without_empty_columns, tables):
+            lines += [*markdown_table(table), ""] if table.rows else []
+        lines += [*draw(results, pictures), *reconstructions(results, records)]
+    return [*lines, *left_over(scale, records)]
+
+
+def groups_with_news(scale: Scale, records: Records) -> list[Results]:
+    """Those with figures that no group before them has."""
+    told, measured = set(), []
     for group in GROUPS:
         results = Results(scale, group, records)
-        if results.budgets:
-            tables = [accuracies(results), differences(results)]
-            if FROZEN in group.stages:
-                tables.append(diagnostics(results))
-            lines += [f"### {group.title}", ""]
-            for table in map(without_empty_columns, tables):
-                lines += [*markdown_table(table), ""] if table.rows else []
-            lines += [*draw(results, pictures), *reconstructions(results, records)]
-    return [*lines, *left_over(scale, records)]
+        own = {(group.stages, *key) for key in results.metrics}
+        if own - told:
+            measured.append(results)
+        told |= own
+    return measured
+
+
+def findings(measured: Sequence[Results]) -> Table:
+    """What the paper claims, and whether the longest budget of each group bears it out."""
+    rows = []
+    for results in measured:
+        for steps in results.budgets[-1:]:
+            for each, found in results.differences(steps):
+                if each.claim:
+                    words = [ARMS[name].words for name in (each.arm, each.baseline)]
+                    claim = f"{words[0]}: {'better' if each.claim > 0 else 'worse'} than {words[1]}"
+                    count = max(difference.n for difference in found.values())
+                    verdicts = [verdict_words(found.get(metric), each.claim) for metric in METRICS]
+                    rows.append([claim, f"{steps * results.scale.views_per_step:,}", count, *verdicts])
+    return Table("", ("the paper finds", "views", "n", *METRICS.values()), rows)
 
 
 def description(scale: Scale, records: Records) -> str:
@@ -116,7 +145,10 @@ def description(scale: Scale, records: Records) -> str:
         return f"{words} Nothing is done yet."
     hours = sum(line["seconds"] for line in records.lines) / 3600
     devices, commits = (sorted({line[key] for line in records.lines}) for key in ("device", "commit"))
-    versions = ", ".join(f"{name} {version}" for name, version in records.lines[-1]["versions"].items())
+    versions = ", ".join(
+        f"{name} {' and '.join(sorted({line['versions'][name] for line in records.lines}))}"
+        for name in records.lines[-1]["versions"]
+    )
     return (
         f"{words} So far {len(records.lines)} stages have taken {hours:.1f} hours of one process each "
         f"({'; '.join(devices)}; commits {', '.join(commit[:7] for commit in commits)}; {versions})."
@@ -219,9 +251,15 @@ def difference_words(difference: Interval | None, claim: int) -> str | None:
     """A difference, its interval and the verdict."""
     if difference is None:
         return None
-    if difference.n == 1:
-        return f"{difference.mean:+.2f}, one seed"
-    return f"{difference.mean:+.2f} [{difference.low:+.2f}, {difference.high:+.2f}] {verdict(difference, claim)}"
+    interval = f" [{difference.low:+.2f}, {difference.high:+.2f}]" if difference.n > 1 else ""
+    return f"{difference.mean:+.2f}{interval} {verdict_words(difference, claim)}"
+
+
+def verdict_words(difference: Interval | None, claim: int) -> str | None:
+    """The verdict alone."""
+    if difference is None:
+        return None
+    return verdict(difference, claim) if difference.n > 1 else "one seed"
 
 
 def comparison_words(comparison: Comparison) -> str:
