@@ -29,8 +29,9 @@ drills: install
 bench: install
 	$(BIN)/python -m mimae.benchmarks
 
+# glibc keeps freed memory: without page faults at each step the small models take an eighth less time on a CPU
 replicate: install
-	$(BIN)/python -m mimae.benchmarks.replication
+	MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=68719476736 $(BIN)/python -m mimae.benchmarks.replication
 
 lint: install
 	$(BIN)/ruff check .

@@ -12,19 +12,20 @@ HEAD = """# Performance
 What `make bench` has measured; the program writes this page from the records in [`performance/`](performance), and
 `python -m mimae.benchmarks NAME` puts new ones in the place of the older ones of the same kind of device. Contestants
 take turns within one run; figures are medians, ratios are medians over the rounds (in tables of steps, of medians).
-Absolute times of a CPU that other work shares say little, ratios hold. What was tried for speed stands at the end.
+Absolute times of a CPU that other work shares say little, ratios hold. Why bars are not met, and what
+was tried for speed, stands at the end.
 """
 MEASURED_ON = "measured on"
-CANDIDATES = "candidates.md"  # kept by hand
+NOTES = "notes.md"  # kept by hand
 
 
 def write_page(folder: Path, page: Path) -> None:
-    """Writes the page anew from all records of the folder, and what stands there of candidates."""
+    """Writes the page anew from all records of the folder, and the notes that stand there."""
     records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
-    candidates = folder / CANDIDATES
+    notes = folder / NOTES
     text = page_of(records)
-    if candidates.exists():
-        text += "\n" + candidates.read_text(encoding="utf-8")
+    if notes.exists():
+        text += "\n" + notes.read_text(encoding="utf-8")
     page.write_text(text, encoding="utf-8")
 
 
