@@ -75,6 +75,7 @@ def save_losses(path: Path, series: Mapping[str, Mapping[str, Sequence[float]]],
                 axes.plot(values["step"], values[name], f"C{number}", linewidth=1, label=ARMS[arm].words)
         axes.set(title=words, xlabel="step")
         axes.grid(alpha=0.3)
+    figure.axes[0].set_ylim(top=1)  # the loss of predicting each patch's mean, since patches are normalised
     if threshold is not None:
         figure.axes[0].axhline(threshold, color="gray", linestyle="--", linewidth=0.8)
         figure.axes[0].annotate("ε_l", (1.01, threshold), xycoords=("axes fraction", "data"), va="center", fontsize=8)
