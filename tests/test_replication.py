@@ -334,13 +334,14 @@ def test_versions_of_all_records_are_told(tmp_path):
 def test_the_readme_quotes_the_longest_budget_and_nothing_else_of_it_changes(tmp_path):
     fill(tmp_path)
     readme = tmp_path / "README.md"
-    readme.write_text("# Title\n<!-- replication, small: begin -->\nold\n<!-- replication, small: end -->\nthe end\n")
+    readme.write_text("# Title\n<!-- replication, small: begin -->\nlast\n<!-- replication, small: end -->\nthe end\n")
     write_report(tmp_path, readme)
     first = readme.read_text()
     assert first.startswith("# Title\n")
     assert first.endswith("-->\nthe end\n")
-    assert "old" not in first
+    assert "last" not in first
     assert "| 819,200 | 5 | 71.2" in first
+    assert "(a) | 819,200 | 5 | holds |" in first
     assert "| 409,600" not in first
     write_report(tmp_path, readme)
     assert readme.read_text() == first

@@ -79,14 +79,15 @@ def write_report(folder: Path, readme: Path | None = None) -> None:
 
 
 def quote(results: Results, readme: Path) -> None:
-    """Puts the longest budget's table between the scale's marks of a page."""
+    """Puts the longest budget's table, and what holds of it, between the scale's marks of a page."""
     views = f"{results.budgets[-1] * results.scale.views_per_step:,}"
     table = accuracies(results)
     rows = [row for row in table.rows if row[1] in ("0", views)]
-    lines = markdown_table(without_empty_columns(Table("", table.columns, rows)))
+    tables = [Table("", table.columns, rows), findings([results])]
+    lines = [line for each in tables if each.rows for line in ["", *markdown_table(without_empty_columns(each))]]
     begin, end = (f"<!-- replication, {results.scale.name}: {word} -->" for word in ("begin", "end"))
     text = readme.read_text(encoding="utf-8")
-    quoted = re.sub(f"(?<={begin}\n).*(?={end})", "\n".join(["", *lines, "", ""]), text, flags=re.DOTALL)
+    quoted = re.sub(f"(?<={begin}\n).*(?={end})", "\n".join([*lines, "", ""]), text, flags=re.DOTALL)
     readme.write_text(quoted, encoding="utf-8")
 
 
