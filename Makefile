@@ -29,7 +29,7 @@ drills: install
 bench: install
 	$(BIN)/python -m mimae.benchmarks
 
-# glibc keeps freed memory: without page faults at each step the small models take an eighth less time on a CPU
+# glibc keeps freed memory: without page faults at each step the small models take less time on a CPU (docs/LOG.md)
 replicate: install
 	MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=68719476736 $(BIN)/python -m mimae.benchmarks.replication
 
