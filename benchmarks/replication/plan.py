@@ -276,28 +276,6 @@ GROUPS = (
         budgets=(MIDDLE,),
     ),
     Group(
-        "Table 1 by fine-tuning on all images, and Table 5",
-        _headline({ALL: 0.5}),
-        seeds=3,
-        budgets=(LONGEST,),
-        stages=(ALL, CORRUPTED),
-        further=("untrained",),
-    ),
-    Group(
-        "Table 1 by fine-tuning on 1 %",
-        _headline({FEW: 1.2}),
-        seeds=5,
-        budgets=(LONGEST,),
-        stages=(FEW,),
-        further=("untrained",),
-    ),
-    Group(
-        "Open choices: the gate",
-        tuple(Comparison(arm, "mi-mae") for arm in ("gate-step", "gate-none")),
-        seeds=3,
-        budgets=(MIDDLE,),
-    ),
-    Group(
         "Table 3b: the weights",
         (
             Comparison("weights-1-1", "mi-mae", -1, {ALL: -0.2}),
@@ -321,10 +299,32 @@ GROUPS = (
         budgets=(MIDDLE,),
     ),
     Group(
+        "Open choices: the gate",
+        tuple(Comparison(arm, "mi-mae") for arm in ("gate-step", "gate-none")),
+        seeds=3,
+        budgets=(MIDDLE,),
+    ),
+    Group(
         "Open choices: the latent, V and the negatives",
         tuple(Comparison(arm, "mi-mae") for arm in ("latent-cls", "latent-all", "v-token", "negatives-quarter")),
         seeds=3,
         budgets=(MIDDLE,),
+    ),
+    Group(
+        "Table 1 by fine-tuning on 1 %",
+        _headline({FEW: 1.2}),
+        seeds=5,
+        budgets=(LONGEST,),
+        stages=(FEW,),
+        further=("untrained",),
+    ),
+    Group(
+        "Table 1 by fine-tuning on all images, and Table 5",
+        _headline({ALL: 0.5}),
+        seeds=3,
+        budgets=(LONGEST,),
+        stages=(ALL, CORRUPTED),
+        further=("untrained",),
     ),
     Group(
         "Table 1 on a Swin",
