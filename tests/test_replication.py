@@ -347,6 +347,12 @@ def test_the_readme_quotes_the_longest_budget_and_nothing_else_of_it_changes(tmp
     assert readme.read_text() == first
 
 
+def test_random_weights_alone_are_nothing_to_tell_yet(tmp_path):
+    add(Records(tmp_path / "replication" / "small.jsonl"), Run(SMALL, ARMS["untrained"], 1, 0), FROZEN)
+    write_report(tmp_path)
+    assert "### Table 1" not in (tmp_path / "replication.md").read_text()
+
+
 def test_a_page_of_nothing_is_the_plan_alone(tmp_path):
     (tmp_path / "replication").mkdir()
     write_report(tmp_path)

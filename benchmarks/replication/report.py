@@ -110,12 +110,12 @@ def section(scale: Scale, records: Records, pictures: Path) -> list[str]:
 
 
 def groups_with_news(scale: Scale, records: Records) -> list[Results]:
-    """Those with figures that no group before them has."""
+    """Those with figures of trained arms that no group before them has."""
     told, measured = set(), []
     for group in GROUPS:
         results = Results(scale, group, records)
         own = {(group.stages, *key) for key in results.metrics}
-        if own - told:
+        if own - told and results.budgets:
             measured.append(results)
         told |= own
     return measured
