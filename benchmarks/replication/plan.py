@@ -300,7 +300,10 @@ GROUPS = (
     ),
     Group(
         "Open choices: the gate",
-        tuple(Comparison(arm, "mi-mae") for arm in ("gate-step", "gate-none")),
+        (
+            *(Comparison(arm, "mi-mae") for arm in ("gate-step", "gate-none")),
+            *(Comparison("gate-none", baseline) for baseline in ("four-masks", "mae")),
+        ),
         seeds=3,
         budgets=(MIDDLE,),
     ),
