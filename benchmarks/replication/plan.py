@@ -270,6 +270,7 @@ GROUPS = (
             Comparison("mi-mae", "rec-max", +1, {ALL: 0.3}),
             Comparison("mi-mae", "untrained-v", +1, {ALL: 0.4}),
             Comparison("mi-mae", "rec-min", +1, {ALL: 0.4}),
+            Comparison("max-alone", "rec-max"),
             *(Comparison(arm, "four-masks") for arm in ("rec-max", "max-alone", "rec-min", "mi-mae")),
         ),
         seeds=3,
