@@ -49,7 +49,8 @@ No seed was dropped.
 - **Figures** are mean ± standard deviation over n seeds. Differences, in points, are paired by seed; in brackets is
   the 95 % interval of Student's t, which is wide for three seeds. *Holds* and *does not hold*: the interval lies on
   the paper's side of 0, or on the other; *not resolved*: 0 is in it. Where the paper claims nothing it is *higher* or
-  *lower*. Of so many intervals, one in twenty misses by chance.
+  *lower*. Of so many intervals, one in twenty misses by chance. The paper's ablations (Table 3) fine-tune the models;
+  here they are probed.
 - **Diagnostics**: L_rec, alignment and uniformity (Wang and Isola 2020) of {MASKED_IMAGES:,} test images under the
   same masks for all arms of a kind; RankMe (Garrido et al. 2023) of the test images' mean features; L_max and L_min
   as last logged in training.
