@@ -31,7 +31,7 @@ bench: install
 
 # glibc keeps freed memory: without page faults at each step the small models take less time on a CPU (docs/LOG.md)
 replicate: install
-	MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=68719476736 $(BIN)/python -m mimae.benchmarks.replication
+	MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=68719476736 $(BIN)/python -m mimae.replication
 
 lint: install
 	$(BIN)/ruff check .

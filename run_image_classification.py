@@ -27,28 +27,32 @@ from accelerate.utils import set_seed
 from torch import nn
 from transformers import EvalPrediction, PreTrainedModel, ViTImageProcessor
 
-from mimae.data.arguments import PLACES
-from mimae.data.augmentation import Mixing, Transform, finetuning_transform, mixing, normalized, probe_transform
-from mimae.data.classification import ClassificationEvaluationLoader, ClassificationLoader
-from mimae.data.processor import build_image_processor
-from mimae.data.sources import ImageSource
-from mimae.data.subsets import SubsetSource, low_shot_indices, read_subset_file
-from mimae.data.transforms import Normalization, evaluation_transform
+from mimae.data.batches.classification import ClassificationEvaluationLoader, ClassificationLoader
+from mimae.data.images.augmentation import Mixing, Transform, finetuning_transform, mixing, normalized, probe_transform
+from mimae.data.images.processor import build_image_processor
+from mimae.data.images.transforms import Normalization, evaluation_transform
+from mimae.data.sources.opening import ImageSource
+from mimae.data.sources.subsets import SubsetSource, low_shot_indices, read_subset_file
 from mimae.evaluation.metrics import TopKAccuracy
 from mimae.evaluation.probes import knn_accuracies
-from mimae.training.arguments import HubArguments, ModelArguments, RecipeError, flag_value, parse_arguments
-from mimae.training.classes import class_names, label_map, numbered
-from mimae.training.classification_arguments import ClassificationArguments, ClassificationDataArguments
-from mimae.training.classification_results import write_classification_results
-from mimae.training.classification_trainer import ClassificationTrainer, Tested
-from mimae.training.downstream import DownstreamRun, start_processes
-from mimae.training.families import CONFIG_CLASSES
-from mimae.training.features import gather_features
+from mimae.families.registry import CONFIG_CLASSES
+from mimae.families.warm_start import UnfitCheckpointError
+from mimae.flags.classification import ClassificationArguments, ClassificationDataArguments
+from mimae.flags.data import PLACES
+from mimae.flags.hub import HubArguments
+from mimae.flags.model import ModelArguments
+from mimae.flags.option import RecipeError
+from mimae.flags.recipes import flag_value, parse_arguments
+from mimae.jobs.classes import class_names, label_map, numbered
+from mimae.jobs.classification_results import write_classification_results
+from mimae.jobs.downstream import DownstreamRun
+from mimae.jobs.features import gather_features
+from mimae.jobs.monitors import probe_indices
+from mimae.jobs.robustness import RobustnessTest, corruption_test, imagenet_tests
+from mimae.jobs.start import start_processes
+from mimae.training.hf_trainer.classification import ClassificationTrainer, Tested
 from mimae.training.linear_probe import LinearProbe, build_probe_lars, metrics_of_heads
-from mimae.training.monitors import probe_indices
 from mimae.training.optimization import WarmupCosine, WarmupSchedule, build_finetuning_adamw
-from mimae.training.robustness_tests import RobustnessTest, corruption_test, imagenet_tests
-from mimae.training.warm_start import UnfitCheckpointError
 
 logger = logging.getLogger("mimae")
 

@@ -25,24 +25,24 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import ProjectConfiguration, set_seed
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from mimae.data.arguments import DataArguments
-from mimae.data.loaders import PretrainingLoader, evaluation_batches
-from mimae.data.processor import build_image_processor, channel_statistics
-from mimae.data.sources import ImageSource
-from mimae.data.transforms import Normalization, evaluation_transform, pretraining_transform
+from mimae.data.batches.loaders import PretrainingLoader, evaluation_batches
+from mimae.data.images.processor import build_image_processor, channel_statistics
+from mimae.data.images.transforms import Normalization, evaluation_transform, pretraining_transform
+from mimae.data.sources.opening import ImageSource
 from mimae.data.words import some
-from mimae.training.arguments import (
-    HubArguments,
-    ModelArguments,
-    PretrainingArguments,
-    config_fields,
-    flag_value,
-    parse_arguments,
-)
+from mimae.families.registry import CONFIG_CLASSES, FAMILIES, Family, family_named
+from mimae.flags.data import DataArguments
+from mimae.flags.hub import HubArguments
+from mimae.flags.model import ModelArguments
+from mimae.flags.pretraining import PretrainingArguments
+from mimae.flags.recipes import config_fields, flag_value, parse_arguments
+from mimae.jobs.monitors import Evaluation, Probe, ReconstructionMonitor, probe_indices, split_indices
+from mimae.jobs.publishing import claim_repository, publish
+from mimae.jobs.results import device_name, write_results
+from mimae.jobs.run_folder import claim_output_dir, clear_output_dir, run_name
+from mimae.jobs.start import limit_cpu_threads, start_logging
 from mimae.training.attention import default_attention
-from mimae.training.checkpoints import CheckpointStore
-from mimae.training.families import CONFIG_CLASSES, FAMILIES, Family, family_named
-from mimae.training.monitors import Evaluation, Probe, ReconstructionMonitor, probe_indices, split_indices
+from mimae.training.checkpoints.store import CheckpointStore
 from mimae.training.optimization import (
     WarmupCosine,
     WarmupMultiStep,
@@ -50,10 +50,7 @@ from mimae.training.optimization import (
     build_adamw,
     scaled_learning_rate,
 )
-from mimae.training.processes import limit_cpu_threads, on_main_process, start_logging
-from mimae.training.publishing import claim_repository, publish
-from mimae.training.results import device_name, write_results
-from mimae.training.run_folder import claim_output_dir, clear_output_dir, run_name
+from mimae.training.processes import on_main_process
 from mimae.training.signals import RunStopped
 from mimae.training.trainer import Intervals, Pretrainer
 

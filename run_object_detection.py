@@ -21,15 +21,15 @@ from accelerate.utils import gather_object
 from torch import nn
 from transformers import DetrImageProcessor
 
-from mimae.data.coco import CocoSource
-from mimae.data.dense import DenseTransform
-from mimae.data.detection_augmentation import detection_evaluation_transform, large_scale_jitter
+from mimae.data.images.detection_augmentation import detection_evaluation_transform, large_scale_jitter
+from mimae.data.images.transforms import DenseTransform
+from mimae.data.sources.coco import CocoSource
 from mimae.dense.mask_rcnn import LEVEL_STRIDES, MaskRCNNForInstanceSegmentation, build_mask_rcnn
 from mimae.evaluation.detection import Record, detection_metrics, detection_records, restore_detections
-from mimae.evaluation.detection_pictures import save_detections
-from mimae.training.arguments import RecipeError
-from mimae.training.dense_arguments import DETECTOR_FLAGS, DetectionArguments, DetectionDataArguments
-from mimae.training.dense_run import DenseRun
+from mimae.flags.dense import DETECTOR_FLAGS, DetectionArguments, DetectionDataArguments
+from mimae.flags.option import RecipeError
+from mimae.jobs.dense import DenseRun
+from mimae.pictures.detection import save_detections
 from mimae.training.optimization import WarmupMultiStep
 
 CONVOLUTIONS = 4  # of a head

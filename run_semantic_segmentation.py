@@ -22,15 +22,18 @@ from accelerate.utils import reduce
 from torch import nn
 from transformers import SegformerImageProcessor
 
-from mimae.data.dense import DenseTransform
-from mimae.data.segmentation import SegmentationSource, open_segmentation_source
-from mimae.data.segmentation_augmentation import segmentation_evaluation_transform, segmentation_training_transform
+from mimae.data.images.segmentation_augmentation import (
+    segmentation_evaluation_transform,
+    segmentation_training_transform,
+)
+from mimae.data.images.transforms import DenseTransform
+from mimae.data.sources.segmentation import SegmentationSource, open_segmentation_source
 from mimae.dense.upernet import UperNet, build_upernet
 from mimae.evaluation.segmentation import MeanIoU, segment
-from mimae.evaluation.segmentation_pictures import save_segmentations
-from mimae.training.arguments import RecipeError
-from mimae.training.dense_arguments import SegmentationArguments, SegmentationDataArguments
-from mimae.training.dense_run import DenseRun
+from mimae.flags.dense import SegmentationArguments, SegmentationDataArguments
+from mimae.flags.option import RecipeError
+from mimae.jobs.dense import DenseRun
+from mimae.pictures.segmentation import save_segmentations
 from mimae.training.optimization import WarmupPolynomial
 
 DEFAULT_RECIPE = Path(__file__).parent / "recipes" / "segmentation.yaml"

@@ -7,9 +7,9 @@ from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.vit_mae.modeling_vit_mae import ViTMAEAttention, eager_attention_forward
 
-from .contestants import FULL, PRECISIONS, SMALL, Contestant, Setting
 from .measurement import Measurement, Table
 from .measuring import ratio, take_turns
+from .models.contestants import FULL, PRECISIONS, SMALL, Contestant, Setting
 
 AS_IT_IS = "as it is"
 VIEWS, ROUNDS = 16, 5

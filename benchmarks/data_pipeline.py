@@ -27,11 +27,11 @@ from torchvision import transforms as v1
 from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms import v2
 
-from mimae.data.decoding import decode_image
+from mimae.data.batches.randomness import seed_torch
+from mimae.data.images.decoding import decode_image
+from mimae.data.images.processor import IMAGENET_MEAN, IMAGENET_STD
+from mimae.data.images.transforms import pretraining_transform
 from mimae.data.order import augmentation_seed, sample_noise
-from mimae.data.processor import IMAGENET_MEAN, IMAGENET_STD
-from mimae.data.randomness import seed_torch
-from mimae.data.transforms import pretraining_transform
 
 from .data_steps import PATCH_SIZES, loader_over, measure_steps, number_of_workers
 from .measurement import Bar, Measurement, Table

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 from mimae import MIMAEConfig, MIMAEForPreTraining
-from mimae.data.base import ImageSource
-from mimae.data.loaders import PretrainingLoader
-from mimae.data.processor import IMAGENET_MEAN, IMAGENET_STD
-from mimae.data.sources import open_image_source
-from mimae.data.transforms import Normalization, pretraining_transform
+from mimae.data.batches.loaders import PretrainingLoader
+from mimae.data.images.processor import IMAGENET_MEAN, IMAGENET_STD
+from mimae.data.images.transforms import Normalization, pretraining_transform
+from mimae.data.sources.base import ImageSource
+from mimae.data.sources.opening import open_image_source
 from mimae.training.optimization import build_adamw
 
 from .measurement import Table

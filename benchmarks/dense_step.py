@@ -18,17 +18,18 @@ from typing import Any
 import torch
 
 from mimae import MIMAEBackbone, MIMAEConfig
-from mimae.data.coco import CocoSource
-from mimae.data.dense import DenseLoader, DenseSource
-from mimae.data.detection_augmentation import large_scale_jitter
-from mimae.data.processor import channel_statistics
+from mimae.data.batches.dense import DenseLoader
+from mimae.data.images.detection_augmentation import large_scale_jitter
+from mimae.data.images.processor import channel_statistics
+from mimae.data.images.segmentation_augmentation import segmentation_training_transform
 from mimae.data.scenes import main as compose_scenes
-from mimae.data.segmentation import open_segmentation_source
-from mimae.data.segmentation_augmentation import segmentation_training_transform
+from mimae.data.sources.coco import CocoSource
+from mimae.data.sources.dense import DenseSource
+from mimae.data.sources.segmentation import open_segmentation_source
 from mimae.dense.mask_rcnn import VITDET_BASE, build_mask_rcnn
 from mimae.dense.upernet import build_upernet
+from mimae.jobs.results import device_name, package_versions, source_commit
 from mimae.training.optimization import build_finetuning_adamw
-from mimae.training.results import device_name, package_versions, source_commit
 
 CROP_SIZE = 512
 BATCH_SIZES = {"segmentation": 2, "detection": 1}

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from mimae.training.results import device_name, package_versions, source_commit
+from mimae.jobs.results import device_name, package_versions, source_commit
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from datasets import Features
 from datasets import Image as ImageFeature
 from PIL import Image
 
-from mimae.data.base import ImageSource
+from mimae.data.sources.base import ImageSource
 
 WIDTH, HEIGHT = 500, 375  # pixels; ImageNet's most frequent size
 ROW_GROUP = 64  # rows

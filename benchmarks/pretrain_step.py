@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from .contestants import FULL, OURS, PLAIN, PRECISIONS, SMALL, WITHOUT_TERMS, Setting, contestants
 from .measurement import Bar, Measurement, Table
 from .measuring import matmul_rate, ratio, settle, take_turns, timed
-from .operations import table_of_operations
-from .peers import PEERS, Official, check_peers, plain_config
+from .models.contestants import FULL, OURS, PLAIN, PRECISIONS, SMALL, WITHOUT_TERMS, Setting, contestants
+from .models.operations import table_of_operations
+from .models.peers import PEERS, Official, check_peers, plain_config
 
 STOCK, OFFICIAL = "transformers", "official"
 SOME = (FULL, STOCK, OFFICIAL)

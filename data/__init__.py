@@ -1,1 +1,1 @@
-"""Image sources, their order, decoding, augmentation and loaders."""
+"""From bytes to batches: where images are, what an image is, in which order and how they come."""

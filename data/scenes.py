@@ -30,9 +30,9 @@ from PIL import Image, ImageFilter
 from scipy.ndimage import binary_fill_holes
 from sklearn.datasets import load_sample_images
 
-from .base import ImageSource
-from .decoding import decode_image
-from .sources import open_image_source
+from .images.decoding import decode_image
+from .sources.base import ImageSource
+from .sources.opening import open_image_source
 
 SPLITS = {"pretrain": 10_000, "train": 1_000, "validation": 500}
 HELD_OUT = "validation"

@@ -20,10 +20,10 @@ from pathlib import Path
 
 import datasets
 
+from .apparatus.runs import HangError, end_runs
 from .catalogue import ALONE, Drill, drills
 from .outcome import Outcome
 from .report import Report, verdict
-from .runs import HangError, end_runs
 
 MOST_AT_A_TIME = 4
 

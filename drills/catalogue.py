@@ -4,7 +4,8 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from . import damage, images, kills, network, order, processes, saving, sets, shuffling, storage
+from . import damage, images, kills, network, order, processes, saving, shuffling, storage
+from .apparatus import sets
 from .outcome import Outcome
 
 Drill = Callable[[Path], Outcome]

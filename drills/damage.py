@@ -5,11 +5,11 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from mimae.training.checkpoints import CheckpointStore, verify
+from mimae.training.checkpoints.store import CheckpointStore, verify
 
-from .comparing import SAVE_INTERVAL, Comparison, compare, figures_of, reference
+from .apparatus.comparing import SAVE_INTERVAL, Comparison, compare, figures_of, reference
+from .apparatus.runs import Run
 from .outcome import Outcome
-from .runs import Run
 
 STEPS = 5 * SAVE_INTERVAL
 

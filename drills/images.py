@@ -9,14 +9,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-from mimae.data.decoding import decode_image
-from mimae.data.transforms import pretraining_transform
+from mimae.data.images.decoding import decode_image
+from mimae.data.images.transforms import pretraining_transform
 from mimae.training.jsonl import read_jsonl
 
-from . import sets
-from .comparing import GLOBAL_BATCH_SIZE, compare, figures_of, killed_once, reference
+from .apparatus import sets
+from .apparatus.comparing import GLOBAL_BATCH_SIZE, compare, figures_of, killed_once, reference
+from .apparatus.runs import Run
 from .outcome import Outcome
-from .runs import Run
 
 EPOCHS = 3
 BAD_EVERY = 100

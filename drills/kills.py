@@ -5,10 +5,10 @@ import signal
 import statistics
 from pathlib import Path
 
-from .comparing import SAVE_INTERVAL, compare, figures_of, reference
+from .apparatus.comparing import SAVE_INTERVAL, compare, figures_of, reference
+from .apparatus.recording import DeathInSave
+from .apparatus.runs import Run
 from .outcome import Outcome
-from .recording import DeathInSave
-from .runs import Run
 
 KILLED = -signal.SIGKILL
 

@@ -10,12 +10,12 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from . import sets
-from .comparing import GLOBAL_BATCH_SIZE, compare, figures_of, reference
+from .apparatus import sets
+from .apparatus.comparing import GLOBAL_BATCH_SIZE, compare, figures_of, reference
+from .apparatus.recording import Impatience
+from .apparatus.runs import Run
+from .apparatus.serving import FailingHandler, serve_folder
 from .outcome import Outcome
-from .recording import Impatience
-from .runs import Run
-from .serving import FailingHandler, serve_folder
 
 SIZES = (59,) * 23 + (80,)  # more files than are kept open, so that they are fetched again and again
 FAULTS_BEFORE_THE_BODY = ("reset", "silence", "429", "500", "503")

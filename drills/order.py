@@ -3,8 +3,8 @@
 from itertools import cycle, product
 from pathlib import Path
 
-from . import sets
-from .comparing import (
+from .apparatus import sets
+from .apparatus.comparing import (
     GLOBAL_BATCH_SIZE,
     NO_CHANCE,
     STEPS_PER_EPOCH,
@@ -14,8 +14,8 @@ from .comparing import (
     reference,
     stop_at,
 )
+from .apparatus.runs import Run
 from .outcome import Outcome
-from .runs import Run
 
 # three in one epoch, across an epoch's end, in the third epoch
 STOPS = (5, 9, 17, STEPS_PER_EPOCH, 2 * STEPS_PER_EPOCH + 7)

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from .comparing import (
+from .apparatus.comparing import (
     GLOBAL_BATCH_SIZE,
     NO_CHANCE,
     SAVE_INTERVAL,
@@ -21,10 +21,10 @@ from .comparing import (
     largest_difference,
     reference,
 )
+from .apparatus.recording import Scaling
+from .apparatus.runs import Run
 from .order import TOLERANCE
 from .outcome import Outcome
-from .recording import Scaling
-from .runs import Run
 
 STEPS = 5 * SAVE_INTERVAL
 HALF = GLOBAL_BATCH_SIZE // 2

@@ -7,7 +7,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from mimae.training.results import package_versions, source_commit
+from mimae.jobs.results import package_versions, source_commit
 
 from .outcome import Outcome
 from .saving import SHARE
@@ -21,7 +21,7 @@ What `make drills` did to real runs of `run_mim_pretrain.py`, and what came of i
 `python -m mimae.drills NAME` does one drill again and puts its row in the place of the older one. A run is *equal* if
 the samples, crops and noise of every step and the bits of the final weights are those of the run that nothing happened
 to (CPU, one thread, float32, the same number of processes; the model is that of
-[`drills/tiny.yaml`](../drills/tiny.yaml), on scikit-learn's digits, unless a row says otherwise).
+[`drills/apparatus/tiny.yaml`](../drills/apparatus/tiny.yaml), on scikit-learn's digits, unless a row says otherwise).
 """
 
 Row = dict[str, Any]

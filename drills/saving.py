@@ -5,9 +5,9 @@ from pathlib import Path
 
 import yaml
 
-from . import sets
+from .apparatus import sets
+from .apparatus.runs import Run
 from .outcome import Outcome
-from .runs import Run
 
 RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "imagenet" / "mimae_vit_base_200e.yaml"
 IMAGES_PER_EPOCH = 1_281_167

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import numpy as np
 
-from mimae.data.arguments import DataArguments
-from mimae.data.base import Row, RowSource
-from mimae.data.loaders import BatchPlan, BlockReader
+from mimae.data.batches.loaders import BatchPlan, BlockReader
 from mimae.data.order import SampleOrder
+from mimae.data.sources.base import Row, RowSource
+from mimae.flags.data import DataArguments
 
 from .outcome import Outcome
 

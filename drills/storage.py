@@ -5,12 +5,12 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
-from mimae.training.checkpoints import seal
+from mimae.training.checkpoints.store import seal
 
-from . import sets
-from .comparing import GLOBAL_BATCH_SIZE, SAVE_INTERVAL, compare, figures_of, reference
+from .apparatus import sets
+from .apparatus.comparing import GLOBAL_BATCH_SIZE, SAVE_INTERVAL, compare, figures_of, reference
+from .apparatus.runs import Run
 from .outcome import Outcome
-from .runs import Run
 
 STEPS = 6 * SAVE_INTERVAL
 CHECKPOINTS_THAT_FIT = 2.5  # so that the third does not

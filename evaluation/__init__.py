@@ -1,1 +1,1 @@
-"""What an encoder is worth: features, nearest neighbours, metrics, robustness, and pictures of them."""
+"""What an encoder is worth: features, nearest neighbours, metrics, robustness."""

@@ -17,7 +17,7 @@ import torch
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as F
 
-from ..data.transforms import evaluation_transform
+from ..data.images.transforms import evaluation_transform
 from .robustness import CORRUPTIONS, SEVERITIES
 
 SMALLEST_SIDE = 32  # pixels; the library refuses less

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from faster_coco_eval import COCO, COCOeval_faster
 from faster_coco_eval.core import mask as run_length
 
-from ..data.coco import Annotation, CocoAnnotations, compressed_mask, is_crowd, read_annotations
+from ..data.sources.coco import Annotation, CocoAnnotations, compressed_mask, is_crowd, read_annotations
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from datasets import Features, Sequence, Value
 
-from ..data.classification import IGNORED_LABEL
+from ..data.batches.classification import IGNORED_LABEL
 from .robustness import relative_errors
 
 TOP = 5

@@ -29,16 +29,7 @@ from transformers.utils import cached_file
 
 from ..modeling_mimae import MIMAEForImageClassification, MIMAEForPreTraining, MIMAEModel
 from ..modeling_misimmim import MISimMIMForImageClassification, MISimMIMForPreTraining, MISimMIMModel
-from .formats import (
-    FORMATS,
-    PROCESSOR_NAME,
-    ExportError,
-    Outputs,
-    Source,
-    example_images,
-    official_outputs,
-    outputs,
-)
+from .formats import FORMATS, PROCESSOR_NAME, ExportError, Outputs, Source, example_images, official_outputs, outputs
 from .official_mae import PLAIN_MAE, model_from_official, read_official_file
 
 TOLERANCE = 1e-5

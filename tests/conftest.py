@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import mimae
-from mimae.drills.launching import Forked
-from mimae.drills.runs import Run, end_runs
+from mimae.drills.apparatus.launching import Forked
+from mimae.drills.apparatus.runs import Run, end_runs
 
 sys.path.append(str(Path(__file__).parent))  # for `import references`, under --import-mode=importlib
 

@@ -15,8 +15,8 @@ from datasets import Image as ImageFeature
 from PIL import Image
 from skimage import data as photographs
 
-from mimae.data.loaders import PretrainingLoader
-from mimae.data.transforms import pretraining_transform
+from mimae.data.batches.loaders import PretrainingLoader
+from mimae.data.images.transforms import pretraining_transform
 
 FEATURES = Features({"image": ImageFeature(), "label": ClassLabel(names=["cat", "coffee", "astronaut"])})
 

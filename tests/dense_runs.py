@@ -17,7 +17,7 @@ from torchvision.transforms.v2.functional import normalize, pil_to_tensor, to_dt
 
 from mimae import MIMAEConfig, MIMAEForPreTraining, run_object_detection, run_semantic_segmentation
 from mimae.data import scenes
-from mimae.training.arguments import as_argv
+from mimae.flags.recipes import as_argv
 
 SCENE_SIZE = 48
 CROP_SIZE = 32

@@ -18,8 +18,8 @@ from references import TINY_SWIN
 from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 
+from mimae.flags.recipes import as_argv
 from mimae.run_mim_pretrain import main
-from mimae.training.arguments import as_argv
 from mimae.training.trainer import Pretrainer
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -7,10 +7,10 @@ import torch
 
 from mimae.benchmarks.__main__ import main
 from mimae.benchmarks.candidates import CANDIDATES
-from mimae.benchmarks.contestants import PRECISIONS
 from mimae.benchmarks.measurement import Bar, Measurement, Table, record_of, write_record
 from mimae.benchmarks.measuring import ratio, take_turns
-from mimae.benchmarks.peers import PEERS, check_peers, plain_config
+from mimae.benchmarks.models.contestants import PRECISIONS
+from mimae.benchmarks.models.peers import PEERS, check_peers, plain_config
 from mimae.benchmarks.pretrain_step import flops_per_view
 from mimae.benchmarks.report import write_page
 

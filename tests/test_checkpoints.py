@@ -15,22 +15,19 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mimae.training import checkpoints
-from mimae.training.checkpoints import (
-    CheckpointError,
-    CheckpointStore,
-    OutputDirInUseError,
-    OutputDirLock,
+from mimae.jobs.run_folder import OutputDirInUseError, OutputDirLock
+from mimae.training.checkpoints import store as checkpoints
+from mimae.training.checkpoints.files import CheckpointError, load_tensors, write_json
+from mimae.training.checkpoints.state import (
     load_optimizer,
     load_process_states,
-    load_tensors,
     random_state,
+    refuse_other_settings,
     save_optimizer,
     save_process_states,
     set_random_state,
-    verify,
-    write_json,
 )
+from mimae.training.checkpoints.store import CheckpointStore, verify
 
 # Children are forked from this process, which has torch already: a kill then costs milliseconds, not a start.
 forked = multiprocessing.get_context("fork")
@@ -429,14 +426,14 @@ def test_a_pickle_is_never_loaded(tmp_path, disguise):
 
 def test_runs_that_are_older_than_a_setting_go_on_where_it_is_as_it_was_then():
     older = {"temperature": 0.07}
-    checkpoints.refuse_other_settings(older, {**older, "crop_interpolation": "bicubic", "schedule.start": 0.0})
+    refuse_other_settings(older, {**older, "crop_interpolation": "bicubic", "schedule.start": 0.0})
     with pytest.raises(ValueError, match="crop_interpolation: bicubic then, bilinear now"):
-        checkpoints.refuse_other_settings(older, {**older, "crop_interpolation": "bilinear"})
+        refuse_other_settings(older, {**older, "crop_interpolation": "bilinear"})
 
 
 def test_of_a_run_of_another_model_no_more_is_said_than_that():
     with pytest.raises(ValueError, match=r"trains a 'mimae', these flags a 'misimmim'.*--config") as error:
-        checkpoints.refuse_other_settings({"hidden_size": 32}, {"model_type": "misimmim", "embed_dim": 16})
+        refuse_other_settings({"hidden_size": 32}, {"model_type": "misimmim", "embed_dim": 16})
     assert "embed_dim" not in str(error.value)
 
 

@@ -18,12 +18,12 @@ import torch
 from accelerate import skip_first_batches
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from mimae.data.augmentation import finetuning_transform, mixing, normalized, probe_transform
-from mimae.data.classification import IGNORED_LABEL, ClassificationEvaluationLoader, ClassificationLoader
-from mimae.data.decoding import decode_image
-from mimae.data.sources import open_image_source
-from mimae.data.subsets import SubsetSource, low_shot_indices
-from mimae.data.transforms import evaluation_transform
+from mimae.data.batches.classification import IGNORED_LABEL, ClassificationEvaluationLoader, ClassificationLoader
+from mimae.data.images.augmentation import finetuning_transform, mixing, normalized, probe_transform
+from mimae.data.images.decoding import decode_image
+from mimae.data.images.transforms import evaluation_transform
+from mimae.data.sources.opening import open_image_source
+from mimae.data.sources.subsets import SubsetSource, low_shot_indices
 from mimae.tests.data_helpers import jpegs, shards, write_parquet, write_tars
 
 SIZES = (30, 13, 41)  # shards of unequal size, 84 images
@@ -35,7 +35,7 @@ EVALUATION = normalized(evaluation_transform(16), **COLOUR)
 @pytest.fixture
 def open_kind(tmp_path, monkeypatch):
     """Opens the same 84 images map-style, as streamed parquet or as streamed tar."""
-    monkeypatch.setattr("mimae.data.sharded.SAMPLES_PER_TAR_BLOCK", 8)
+    monkeypatch.setattr("mimae.data.sources.sharded.SAMPLES_PER_TAR_BLOCK", 8)
 
     def open_source(kind, images=None):
         files = (write_tars if kind == "tar" else write_parquet)(tmp_path / kind, images or shards(*SIZES))
@@ -236,7 +236,7 @@ def test_a_bad_image_is_replaced_with_its_label_and_named_once(open_kind, kind, 
     source = open_kind(kind, damaged())
     loader = plain_loader(source, per_device_batch_size=12, num_workers=workers)
     order = loader.batch_sampler.plan.order.slice(0, 0, 84).tolist()
-    with caplog.at_level(logging.WARNING, logger="mimae.data.classification"):
+    with caplog.at_level(logging.WARNING, logger="mimae.data.batches.classification"):
         found = joined(epoch(loader))
         epoch(loader)
     for position, index in enumerate(order):
@@ -377,7 +377,7 @@ def test_processes_evaluate_batches_of_one_number_and_size_that_make_up_the_whol
 def test_images_that_cannot_be_decoded_are_not_counted_and_are_named(open_kind, workers, caplog):
     source = open_kind("tar", damaged())
     loader = evaluation_loader(source, num_workers=workers)
-    with caplog.at_level(logging.WARNING, logger="mimae.data.classification"):
+    with caplog.at_level(logging.WARNING, logger="mimae.data.batches.classification"):
         labels = joined(list(loader))["labels"]
         list(loader)
     assert (labels[:84] == IGNORED_LABEL).nonzero().flatten().tolist() == list(WRONG)

@@ -10,9 +10,11 @@ import torch
 from recipe_helpers import RECIPES, header_of, recipes_of
 from torch.utils.flop_counter import FlopCounterMode
 
-from mimae.training.arguments import HubArguments, ModelArguments, parse_arguments, read_recipe
-from mimae.training.classification_arguments import ClassificationArguments, ClassificationDataArguments
-from mimae.training.families import CONFIG_CLASSES, family_named
+from mimae.families.registry import CONFIG_CLASSES, family_named
+from mimae.flags.classification import ClassificationArguments, ClassificationDataArguments
+from mimae.flags.hub import HubArguments
+from mimae.flags.model import ModelArguments
+from mimae.flags.recipes import parse_arguments, read_recipe
 
 ALL_RECIPES = recipes_of("run_image_classification.py")
 IMAGENET = RECIPES / "imagenet" / "classification"

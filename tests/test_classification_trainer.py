@@ -21,8 +21,8 @@ from torch.utils.data import DataLoader
 from transformers import EvalPrediction, TrainerCallback, TrainingArguments
 
 from mimae import MIMAEConfig, MIMAEForImageClassification, MIMAEModel
-from mimae.training.averaging import AVERAGE_FILE, WeightAverage
-from mimae.training.classification_trainer import ClassificationTrainer, rank_classes
+from mimae.training.hf_trainer.averaging import AVERAGE_FILE, WeightAverage
+from mimae.training.hf_trainer.classification import ClassificationTrainer, rank_classes
 from mimae.training.linear_probe import LinearProbe, build_probe_lars, metrics_of_heads
 from mimae.training.optimization import WarmupCosine, build_finetuning_adamw, schedule_as_lambda
 

@@ -15,11 +15,12 @@ from pycocotools import mask as pycocotools_mask
 from torchvision import tv_tensors
 from torchvision.ops import masks_to_boxes
 
-from mimae.data import coco, scenes
-from mimae.data.coco import CocoSource
-from mimae.data.decoding import BadImageError
-from mimae.data.dense import DenseEvaluationLoader, DenseLoader
-from mimae.data.detection_augmentation import detection_evaluation_transform, large_scale_jitter
+from mimae.data import scenes
+from mimae.data.batches.dense import DenseEvaluationLoader, DenseLoader
+from mimae.data.images.decoding import BadImageError
+from mimae.data.images.detection_augmentation import detection_evaluation_transform, large_scale_jitter
+from mimae.data.sources import coco
+from mimae.data.sources.coco import CocoSource
 
 HEIGHT, WIDTH = 20, 30
 SQUARE = [[4, 5, 10, 5, 10, 11, 4, 11]]

@@ -3,7 +3,7 @@
 import pytest
 from transformers import HfArgumentParser
 
-from mimae.data.arguments import DataArguments
+from mimae.flags.data import DataArguments
 
 
 def test_flags_parse():

@@ -10,10 +10,10 @@ from PIL import Image
 from timm.data import create_transform
 from torchvision.transforms import v2
 
-from mimae.data.augmentation import finetuning_transform, mixing, normalized, probe_transform
-from mimae.data.decoding import decode_image
-from mimae.data.randomness import random_state_kept, seed_random_state
-from mimae.data.transforms import evaluation_transform, normalize, pretraining_transform
+from mimae.data.batches.randomness import random_state_kept, seed_random_state
+from mimae.data.images.augmentation import finetuning_transform, mixing, normalized, probe_transform
+from mimae.data.images.decoding import decode_image
+from mimae.data.images.transforms import evaluation_transform, normalize, pretraining_transform
 from mimae.tests.data_helpers import encode, photograph
 
 COLOUR, GREY = (decode_image(encode(photograph()), channels) for channels in (3, 1))  # (C, 300, 451)

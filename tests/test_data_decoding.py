@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from mimae.data.decoding import BadImageError, decode_image
+from mimae.data.images.decoding import BadImageError, decode_image
 from mimae.tests.data_helpers import encode, photograph
 
 GENERATOR = np.random.default_rng(0)

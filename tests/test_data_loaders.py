@@ -10,12 +10,12 @@ import pytest
 import torch
 from PIL import Image
 
-from mimae.data.decoding import decode_image
-from mimae.data.loaders import evaluation_batches
+from mimae.data.batches.loaders import evaluation_batches
+from mimae.data.images.decoding import decode_image
+from mimae.data.images.transforms import evaluation_transform
 from mimae.data.order import augmentation_seed
-from mimae.data.sources import ArraySource, open_image_source
-from mimae.data.transforms import evaluation_transform
-from mimae.drills.serving import serve_folder
+from mimae.data.sources.opening import ArraySource, open_image_source
+from mimae.drills.apparatus.serving import serve_folder
 from mimae.tests.data_helpers import (
     encode,
     jpegs,
@@ -33,7 +33,7 @@ SIZES = (30, 13, 41)  # shards of unequal size, 84 images
 @pytest.fixture
 def open_kind(tmp_path, monkeypatch):
     """Opens the same 84 images map-style, as streamed parquet or as streamed tar."""
-    monkeypatch.setattr("mimae.data.sharded.SAMPLES_PER_TAR_BLOCK", 8)
+    monkeypatch.setattr("mimae.data.sources.sharded.SAMPLES_PER_TAR_BLOCK", 8)
 
     def open_source(kind):
         write = write_tars if kind == "tar" else write_parquet
@@ -190,7 +190,7 @@ def test_the_callers_random_numbers_are_left_alone_and_have_no_say(workers):
 
 
 LEFT_OPEN = """
-from mimae.data.sources import open_image_source
+from mimae.data.sources.opening import open_image_source
 from mimae.tests.data_helpers import pretraining_loader
 batches = pretraining_loader(open_image_source(), num_channels=1, num_workers=1).batches()
 next(batches)
@@ -398,7 +398,7 @@ def test_evaluation_takes_the_samples_asked_for():
 
 def test_evaluation_leaves_bad_images_out_and_says_so(open_damaged, caplog):
     source = open_damaged("parquet")
-    with caplog.at_level(logging.WARNING, logger="mimae.data.loaders"):
+    with caplog.at_level(logging.WARNING, logger="mimae.data.batches.loaders"):
         batches = list(evaluation_batches(source, transform=evaluation_transform(32), num_channels=3, batch_size=1))
     assert len(batches) == 84 - len(WRONG)
     assert "5 image(s) could not be decoded" in caplog.text

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mimae.data.base import RowSource
-from mimae.data.loaders import BatchPlan, BatchRequest, BlockReader
+from mimae.data.batches.loaders import BatchPlan, BatchRequest, BlockReader
 from mimae.data.order import SampleOrder, augmentation_seed, sample_noise
+from mimae.data.sources.base import RowSource
 
 BLOCKS = st.lists(st.integers(1, 30), min_size=1, max_size=20)
 SEEDS = st.integers(0, 2**40)

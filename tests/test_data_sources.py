@@ -18,18 +18,11 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import get_session, hf_raise_for_status
 from PIL import Image
 
-from mimae.data import sharded
-from mimae.data.hugging_face import explained_access
-from mimae.data.sources import open_image_source
-from mimae.drills.serving import RangeHandler, serve, serve_folder
-from mimae.tests.data_helpers import (
-    FEATURES,
-    jpegs,
-    shards,
-    write_idx,
-    write_parquet,
-    write_tars,
-)
+from mimae.data.sources import sharded
+from mimae.data.sources.hugging_face import explained_access
+from mimae.data.sources.opening import open_image_source
+from mimae.drills.apparatus.serving import RangeHandler, serve, serve_folder
+from mimae.tests.data_helpers import FEATURES, jpegs, shards, write_idx, write_parquet, write_tars
 
 
 def rows(source):
@@ -483,7 +476,7 @@ def test_a_failing_hub_is_not_called_a_refusal():
 
 
 ASK_HUB = """
-from mimae.data.sources import open_image_source
+from mimae.data.sources.opening import open_image_source
 for name in ("some/missing", "some/gated-login", "some/gated-consent"):
     for streaming in (False, True):
         try:

@@ -7,8 +7,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mimae.data.sources import open_image_source
-from mimae.data.subsets import SubsetSource, low_shot_indices, read_subset_file
+from mimae.data.sources.opening import open_image_source
+from mimae.data.sources.subsets import SubsetSource, low_shot_indices, read_subset_file
 from mimae.tests.data_helpers import FEATURES, jpegs, pretraining_loader, shards, take, write_parquet, write_tars
 
 ROWS = [1, 5, 21, 22, 40, 83]
@@ -17,7 +17,7 @@ ROWS = [1, 5, 21, 22, 40, 83]
 @pytest.fixture
 def open_kind(tmp_path, monkeypatch):
     """The same 84 images in three files of 30, 13 and 41: map-style, or streamed in blocks of at most 8."""
-    monkeypatch.setattr("mimae.data.sharded.SAMPLES_PER_TAR_BLOCK", 8)
+    monkeypatch.setattr("mimae.data.sources.sharded.SAMPLES_PER_TAR_BLOCK", 8)
 
     def open_source(kind):
         files = (write_tars if kind == "tar" else write_parquet)(tmp_path / kind, shards(30, 13, 41))

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torchvision.transforms import InterpolationMode, v2
 
-from mimae.data.decoding import decode_image
-from mimae.data.transforms import evaluation_transform, normalize, pretraining_transform
+from mimae.data.images.decoding import decode_image
+from mimae.data.images.transforms import evaluation_transform, normalize, pretraining_transform
 from mimae.tests.data_helpers import encode, photograph
 
 IMAGE = decode_image(encode(photograph()), 3)  # (3, 300, 451)

@@ -4,14 +4,17 @@ from pathlib import Path
 
 import pytest
 
-from mimae.training.arguments import HubArguments, ModelArguments, RecipeError, parse_arguments
-from mimae.training.dense_arguments import (
+from mimae.families.registry import CONFIG_CLASSES
+from mimae.flags.dense import (
     DetectionArguments,
     DetectionDataArguments,
     SegmentationArguments,
     SegmentationDataArguments,
 )
-from mimae.training.families import CONFIG_CLASSES
+from mimae.flags.hub import HubArguments
+from mimae.flags.model import ModelArguments
+from mimae.flags.option import RecipeError
+from mimae.flags.recipes import parse_arguments
 
 SEGMENTATION = (ModelArguments, SegmentationDataArguments, SegmentationArguments, HubArguments)
 DETECTION = (ModelArguments, DetectionDataArguments, DetectionArguments, HubArguments)

@@ -5,8 +5,9 @@ import pytest
 import torch
 from torchvision import tv_tensors
 
-from mimae.data.decoding import BadImageError
-from mimae.data.dense import DenseEvaluationLoader, DenseLoader, DenseSource
+from mimae.data.batches.dense import DenseEvaluationLoader, DenseLoader
+from mimae.data.images.decoding import BadImageError
+from mimae.data.sources.dense import DenseSource
 
 SIDE = 4
 

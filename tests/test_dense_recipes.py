@@ -15,14 +15,16 @@ from mimae.data.scenes import SPLITS
 from mimae.dense.feature_pyramid import SimpleFeaturePyramid
 from mimae.dense.mask_rcnn import MaskRCNNConfig
 from mimae.dense.upernet import build_upernet
-from mimae.training.arguments import HubArguments, ModelArguments, parse_arguments, read_recipe
-from mimae.training.dense_arguments import (
+from mimae.families.registry import CONFIG_CLASSES, family_named
+from mimae.flags.dense import (
     DetectionArguments,
     DetectionDataArguments,
     SegmentationArguments,
     SegmentationDataArguments,
 )
-from mimae.training.families import CONFIG_CLASSES, family_named
+from mimae.flags.hub import HubArguments
+from mimae.flags.model import ModelArguments
+from mimae.flags.recipes import parse_arguments, read_recipe
 from mimae.training.optimization import WarmupMultiStep, WarmupPolynomial
 
 SEGMENTATION, DETECTION = (recipes_of(f"run_{task}.py") for task in ("semantic_segmentation", "object_detection"))

@@ -9,8 +9,8 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 from mimae.hub.model_card import write_dense_card
-from mimae.training.curves import DETECTION_PANELS, SEGMENTATION_PANELS, save_curves
-from mimae.training.dense_results import write_dense_results
+from mimae.jobs.dense_results import write_dense_results
+from mimae.pictures.curves import DETECTION_PANELS, SEGMENTATION_PANELS, save_curves
 
 FACTS = {
     "task": "segmentation",
@@ -112,7 +112,7 @@ def test_every_metric_of_a_panel_has_a_line_of_its_own(tmp_path, monkeypatch, pa
     names = {name for _, members in panels for name in members}
     log_metrics(tmp_path, {"step": 1, **dict.fromkeys(names, 1.0)}, {"step": 2, **dict.fromkeys(names, 2.0)})
     drawn = []
-    monkeypatch.setattr("mimae.training.curves.save_figure", lambda figure, path, dpi: drawn.append(figure))
+    monkeypatch.setattr("mimae.pictures.curves.save_figure", lambda figure, path, dpi: drawn.append(figure))
     save_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png", panels=panels)
     (figure,) = drawn
     assert len(figure.axes) == len(panels)

@@ -24,10 +24,10 @@ from transformers import (
 
 from mimae import MISimMIMConfig, MISimMIMForPreTraining
 from mimae.dense.mask_rcnn import MaskRCNNForInstanceSegmentation
-from mimae.training.arguments import RecipeError
+from mimae.flags.option import RecipeError
+from mimae.jobs.run_folder import OutputDirNotEmptyError
 from mimae.training.bad_images import TooManyBadImagesError
-from mimae.training.dense_trainer import DenseTrainer
-from mimae.training.run_folder import OutputDirNotEmptyError
+from mimae.training.hf_trainer.dense import DenseTrainer
 
 TASKS = list(SCRIPTS)
 MODELS = {"segmentation": UperNetForSemanticSegmentation, "detection": MaskRCNNForInstanceSegmentation}

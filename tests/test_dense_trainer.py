@@ -18,9 +18,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainingArguments
 
-from mimae.training.averaging import AVERAGE_FILE
-from mimae.training.dense_trainer import DenseTrainer
-from mimae.training.metrics_log import MetricsLog
+from mimae.training.hf_trainer.averaging import AVERAGE_FILE
+from mimae.training.hf_trainer.callbacks import MetricsLog
+from mimae.training.hf_trainer.dense import DenseTrainer
 from mimae.training.signals import RunStopped
 
 NUM_IMAGES = 12

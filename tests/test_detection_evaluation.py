@@ -16,9 +16,9 @@ from torchvision.models.detection.roi_heads import project_masks_on_boxes
 from torchvision.ops import masks_to_boxes
 
 from mimae.data import scenes
-from mimae.data.coco import CocoSource
+from mimae.data.sources.coco import CocoSource
 from mimae.evaluation.detection import NAMES, _truth, detection_metrics, detection_records, restore_detections
-from mimae.evaluation.detection_pictures import save_detections
+from mimae.pictures.detection import save_detections
 
 SIDE, NUM_IMAGES, CATEGORIES = 160, 40, (2, 5, 9)
 IMAGE_SIZES = ("small", "medium", "large")

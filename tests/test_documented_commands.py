@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 import pytest
 
-from mimae.training import dense_run
+from mimae.jobs import dense as dense_run
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

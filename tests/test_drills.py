@@ -4,11 +4,11 @@ import json
 
 import pytest
 
+from mimae.drills.apparatus.comparing import compare
+from mimae.drills.apparatus.runs import Run
 from mimae.drills.catalogue import drills
-from mimae.drills.comparing import compare
 from mimae.drills.outcome import Outcome
 from mimae.drills.report import Report
-from mimae.drills.runs import Run
 
 
 @pytest.mark.parametrize(("name", "drill"), drills(quick=True).items())

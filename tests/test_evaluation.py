@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 from sklearn.neighbors import KNeighborsClassifier
 
-from mimae.evaluation import pictures
 from mimae.evaluation.features import extract_features
-from mimae.evaluation.pictures import save_confusion_matrix, save_feature_map
 from mimae.evaluation.probes import NUM_NEIGHBORS, knn_accuracies, knn_accuracy, linear_probe_accuracy
+from mimae.pictures import classes as pictures
+from mimae.pictures.classes import save_confusion_matrix, save_feature_map
 
 
 class Encoder(torch.nn.Module):

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from mimae import MIMAEConfig, MIMAEForImageClassification, MIMAEForPreTraining, MIMAEModel
-from mimae.benchmarks.official_mae import OfficialMAE
+from mimae.benchmarks.models.official_mae import OfficialMAE
 from mimae.hub import formats, official_mae
 from mimae.hub.export import TOLERANCE, ExportError, export_checkpoint, largest_difference, main
 from mimae.hub.official_mae import official_state

@@ -11,16 +11,16 @@ import numpy as np
 import pytest
 from runs import metrics, pretrain, series, weights
 
-from mimae.data import remote
 from mimae.data.order import SampleOrder
-from mimae.data.remote import UnreadableFileError, open_shard
-from mimae.data.sources import open_image_source
-from mimae.drills.comparing import compare
-from mimae.drills.recording import Impatience
-from mimae.drills.runs import Run
-from mimae.drills.serving import FailingHandler, serve_folder
+from mimae.data.sources import remote
+from mimae.data.sources.opening import open_image_source
+from mimae.data.sources.remote import UnreadableFileError, open_shard
+from mimae.drills.apparatus.comparing import compare
+from mimae.drills.apparatus.recording import Impatience
+from mimae.drills.apparatus.runs import Run
+from mimae.drills.apparatus.serving import FailingHandler, serve_folder
 from mimae.tests.data_helpers import shards, write_parquet, write_tars
-from mimae.training.checkpoints import verify
+from mimae.training.checkpoints.store import verify
 from mimae.training.trainer import BatchError
 
 TRIES = 3

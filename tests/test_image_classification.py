@@ -20,12 +20,13 @@ from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 
 from mimae import MIMAEConfig, MIMAEForImageClassification
-from mimae.data.sources import open_digits
+from mimae.data.sources.opening import open_digits
 from mimae.evaluation.robustness import CORRUPTIONS, imagenet_a_wnids, imagenet_wnids
+from mimae.families.warm_start import Checkpoint, UnfitCheckpointError
+from mimae.flags.option import RecipeError
+from mimae.flags.recipes import as_argv
 from mimae.run_image_classification import RECIPES, default_recipe, main
-from mimae.training.arguments import RecipeError, as_argv
 from mimae.training.bad_images import TooManyBadImagesError
-from mimae.training.warm_start import Checkpoint, UnfitCheckpointError
 
 SCRIPT = ROOT / "run_image_classification.py"
 TOKEN = "hf_" + "Secret" * 6

@@ -20,14 +20,15 @@ HUB_FILES = sorted(
     for path in ROOT.glob(pattern)
 )
 
-# layer → what it may import of this package, itself aside; a script may import all of them
-MAY_IMPORT = {
-    "configuration": {"masking"},
-    "masking": set(),
-    "mutual_information": set(),
-    "modeling": {"configuration", "masking", "mutual_information"},
-}
-LIBRARY = {*MAY_IMPORT, *SUB_PACKAGES, "version"}
+# from the ground up: each room imports from those before it, and from itself; docs/architecture.md draws the same
+ROOMS = (
+    *("masking", "mutual_information", "configuration", "modeling", "version"),
+    *("data", "data.images", "data.sources", "data.batches", "data.scenes"),
+    *("evaluation", "flags", "families", "dense", "hub"),
+    *("training.checkpoints", "training", "training.hf_trainer", "pictures", "jobs", "run"),
+    *("drills", "benchmarks", "replication"),
+)
+LARGEST_ROOM = 14  # files
 
 
 def imports_of(path: Path) -> list[tuple[int, str, list[str]]]:
@@ -41,32 +42,52 @@ def imports_of(path: Path) -> list[tuple[int, str, list[str]]]:
     return found
 
 
-def layer_of(module: str) -> str:
-    """Of a dotted name relative to the package: modeling_mimae → modeling, data.sources → data."""
-    first = module.split(".")[0]
-    return next((layer for layer in ("configuration", "modeling", "run") if first.startswith(f"{layer}_")), first)
-
-
-def imported_layers(path: Path) -> set[str]:
-    """Layers of this package that a file imports, however it spells it."""
+def imported_modules(path: Path) -> set[str]:
+    """Modules of this package that a file imports, however it spells it: "data.sources.base", without "mimae."."""
     package = path.relative_to(ROOT).parts[:-1]
-    layers = set()
+    found = set()
     for level, module, names in imports_of(path):
         if level:
-            base = package[: len(package) - (level - 1)]
-            parts = [*base, *(module.split(".") if module else [])]
+            parts = [*package[: len(package) - (level - 1)], *(module.split(".") if module else [])]
         elif module.split(".")[0] == "mimae":
             parts = module.split(".")[1:]
         else:
             continue
-        # `from mimae import X` and `from .. import X` give classes of the modeling layer, or name a module
-        targets = [".".join(parts)] if parts else names
-        layers |= {layer_of(target) for target in targets}
-    return layers & (LIBRARY | {"run"})
+        for name in names or [""]:
+            whole = [*parts, name] if name else parts
+            is_module = (ROOT / Path(*whole)).with_suffix(".py").is_file() or (ROOT / Path(*whole)).is_dir()
+            # `from mimae import MIMAEConfig` gives a class of the modeling room
+            found.add(".".join(whole if is_module else parts) or "modeling_mimae")
+    return found
+
+
+def room_of(module: str) -> str:
+    """modeling_mimae → modeling, data.sources.base → data.sources, data.words → data."""
+    first, *rest = module.split(".")
+    prefixed = next((room for room in ("configuration", "modeling", "run") if first.startswith(f"{room}_")), None)
+    return prefixed or next((room for room in (".".join([first, *rest[:1]]), first) if room in ROOMS), first)
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imported_rooms(path: Path) -> set[str]:
+    return {room_of(module) for module in imported_modules(path)}
 
 
 def python_files(*folders: str) -> list[Path]:
     return [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
+
+
+PACKAGE_FILES = [
+    path
+    for path in sorted(ROOT.rglob("*.py"))
+    if not {"tests", "build"} & set(path.relative_to(ROOT).parts)
+    and not any(part.startswith(".") for part in path.relative_to(ROOT).parts)
+    and path != ROOT / "__init__.py"
+]
 
 
 def test_the_import_rules_see_what_they_should(tmp_path):
@@ -74,15 +95,52 @@ def test_the_import_rules_see_what_they_should(tmp_path):
     path = tmp_path / "x.py"
     path.write_text('"""from .a import b"""\ndef f():\n    import timm.optim\n    from . import masking\n')
     assert imports_of(path) == [(0, "timm.optim", []), (1, "", ["masking"])]
-    assert layer_of("modeling_mimae") == "modeling"
-    assert layer_of("run_mim_pretrain") == "run"
-    assert layer_of("data.sources") == "data"
-    assert imported_layers(ROOT / "modeling_mim.py") == {"configuration", "masking", "mutual_information"}
+    assert room_of("modeling_mimae") == "modeling"
+    assert room_of("run_mim_pretrain") == "run"
+    assert room_of("data.sources.base") == "data.sources"
+    assert room_of("data.words") == "data"
+    assert imported_rooms(ROOT / "modeling_mim.py") == {"configuration", "masking", "mutual_information"}
+    assert "data.order" in imported_modules(ROOT / "data" / "batches" / "loaders.py")
 
 
 def test_there_are_files_to_check():
     assert {"configuration_mimae.py", "masking.py", "modeling_mimae.py", "mutual_information.py"} <= set(HUB_FILES)
-    assert {"data", "dense", "evaluation", "hub", "training"} <= set(SUB_PACKAGES)
+    assert {"data", "dense", "evaluation", "families", "flags", "hub", "jobs", "training"} <= set(SUB_PACKAGES)
+    assert {room_of(module_of(path)) for path in PACKAGE_FILES} == set(ROOMS)
+
+
+def test_rooms_import_only_from_those_below_them():
+    upward = {
+        f"{module_of(path)} imports {module}"
+        for path in PACKAGE_FILES
+        for module in imported_modules(path)
+        if room_of(module) in ROOMS and ROOMS.index(room_of(module)) > ROOMS.index(room_of(module_of(path)))
+    }
+    assert not upward
+
+
+def test_no_module_imports_itself_in_a_circle():
+    imports = {module_of(path): imported_modules(path) for path in PACKAGE_FILES}
+    open_ends = set(imports)
+    while ends := {module for module in open_ends if not imports[module] & open_ends - {module}}:
+        open_ends -= ends  # what imports nothing that is left cannot be in a circle
+    assert not open_ends
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_nobody_but_who_runs_them_imports_a_script(name):
+    importers = {room_of(module_of(path)) for path in PACKAGE_FILES if Path(name).stem in imported_modules(path)}
+    assert importers <= {"drills", "benchmarks", "replication"}
+
+
+def test_no_room_is_crowded():
+    folders = {path.parent for path in PACKAGE_FILES}
+    crowded = {
+        str(folder.relative_to(ROOT)): len(files)
+        for folder in folders
+        if len(files := [path for path in folder.glob("*.py") if path.name != "__init__.py"]) > LARGEST_ROOM
+    }
+    assert not crowded
 
 
 @pytest.mark.parametrize("name", HUB_FILES)
@@ -107,24 +165,13 @@ def test_no_docstring_line_of_a_checkpoint_file_reads_like_a_relative_import(nam
     assert looks_like <= real
 
 
-@pytest.mark.parametrize("name", HUB_FILES)
-def test_model_files_import_only_the_layers_below_them(name):
-    layer = layer_of(Path(name).stem)
-    assert imported_layers(ROOT / name) <= MAY_IMPORT[layer] | {layer}
-
-
-def test_the_library_never_imports_a_script():
-    for path in [*python_files(*SUB_PACKAGES), *(ROOT / name for name in HUB_FILES)]:
-        assert "run" not in imported_layers(path), path.name
-
-
 def test_evaluation_names_no_model_class():
     for path in python_files("evaluation"):
         words = {node.id for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, ast.Name)}
         named = {name for _, _, names in imports_of(path) for name in names} | words
         models = {name for name in named if name.startswith(("MIMAE", "MISimMIM"))}
         assert not models, f"{path.name} names {models}"
-        assert "modeling" not in imported_layers(path), path.name
+        assert "modeling" not in imported_rooms(path), path.name
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

@@ -15,10 +15,10 @@ from PIL import Image
 from runs import pretrain
 
 from mimae.hub.model_card import write_backbone_card, write_classification_card, write_model_card
+from mimae.jobs.results import source_commit
 from mimae.modeling_mim import patchify, unpatchify
-from mimae.training.curves import save_curves
-from mimae.training.pictures import reconstruction_images, save_reconstructions
-from mimae.training.results import source_commit
+from mimae.pictures.curves import save_curves
+from mimae.pictures.reconstructions import reconstruction_images, save_reconstructions
 
 PATCH_SIZE, NUM_MASKS, NUM_PATCHES = 4, 3, 3 * 5
 MEAN, STD = {1: [0.3], 2: [0.4, 0.5], 3: [0.485, 0.456, 0.406]}, {1: [0.25], 2: [0.2, 0.3], 3: [0.229, 0.224, 0.225]}

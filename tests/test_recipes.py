@@ -10,18 +10,14 @@ from recipe_helpers import RECIPES, header_of, recipes_of
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedConfig
 
-from mimae.data.arguments import DataArguments
 from mimae.data.scenes import SPLITS
+from mimae.families.registry import CONFIG_CLASSES, Family, family_named
+from mimae.flags.data import DataArguments
+from mimae.flags.model import ModelArguments
+from mimae.flags.option import RecipeError
+from mimae.flags.pretraining import PretrainingArguments
+from mimae.flags.recipes import check_recipe, parse_arguments, read_recipe
 from mimae.run_mim_pretrain import build_schedule, main
-from mimae.training.arguments import (
-    ModelArguments,
-    PretrainingArguments,
-    RecipeError,
-    check_recipe,
-    parse_arguments,
-    read_recipe,
-)
-from mimae.training.families import CONFIG_CLASSES, Family, family_named
 
 ALL_RECIPES = recipes_of("run_mim_pretrain.py")
 GROUPS = (ModelArguments, DataArguments, PretrainingArguments)

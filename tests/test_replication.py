@@ -14,18 +14,18 @@ from runs import TINY_MODEL
 from sklearn.datasets import load_digits
 
 from mimae import MIMAEConfig, MIMAEForPreTraining
-from mimae.benchmarks.replication import __main__ as replication
-from mimae.benchmarks.replication import work as work_module
-from mimae.benchmarks.replication.costs import operations, price, seconds
-from mimae.benchmarks.replication.frozen import Poolings, compare_views, effective_rank
-from mimae.benchmarks.replication.intervals import (
-    Interval,
-    confidence_interval,
-    paired_difference,
-    prediction_interval,
-    verdict,
-)
-from mimae.benchmarks.replication.plan import (
+from mimae.families.registry import CONFIG_CLASSES, family_named
+from mimae.flags.data import DataArguments
+from mimae.flags.hub import HubArguments
+from mimae.flags.model import ModelArguments
+from mimae.flags.pretraining import PretrainingArguments
+from mimae.flags.recipes import as_argv, parse_arguments, read_recipe
+from mimae.replication import __main__ as replication
+from mimae.replication import work as work_module
+from mimae.replication.costs import operations, price, seconds
+from mimae.replication.frozen import Poolings, compare_views, effective_rank
+from mimae.replication.intervals import Interval, confidence_interval, paired_difference, prediction_interval, verdict
+from mimae.replication.plan import (
     ALL,
     ARMS,
     CORRUPTED,
@@ -40,22 +40,12 @@ from mimae.benchmarks.replication.plan import (
     runs_of,
     tasks,
 )
-from mimae.benchmarks.replication.records import Records
-from mimae.benchmarks.replication.report import description, write_report
-from mimae.benchmarks.replication.stages import StageError
-from mimae.benchmarks.replication.work import work
-from mimae.data.arguments import DataArguments
+from mimae.replication.records import Records
+from mimae.replication.report import description, write_report
+from mimae.replication.stages import StageError
+from mimae.replication.work import work
 from mimae.run_mim_pretrain import build_schedule
 from mimae.tests.data_helpers import write_idx
-from mimae.training.arguments import (
-    HubArguments,
-    ModelArguments,
-    PretrainingArguments,
-    as_argv,
-    parse_arguments,
-    read_recipe,
-)
-from mimae.training.families import CONFIG_CLASSES, family_named
 
 SMALL = SCALES["small"]
 OUTCOME = {"metrics": {"knn": 70.0}}
@@ -410,8 +400,8 @@ def tiny_recipes(folder: Path) -> dict[str, Path]:
 
 def test_a_study_is_done_once_goes_on_where_it_was_and_can_be_run_again(tiny, tmp_path, monkeypatch, capsys):
     group = replace(GROUPS[0], seeds=2, budgets=(MIDDLE,), stages=(FROZEN, FEW), further=())
-    monkeypatch.setattr("mimae.benchmarks.replication.plan.GROUPS", (group,))
-    monkeypatch.setattr("mimae.benchmarks.replication.report.GROUPS", (group,))
+    monkeypatch.setattr("mimae.replication.plan.GROUPS", (group,))
+    monkeypatch.setattr("mimae.replication.report.GROUPS", (group,))
     monkeypatch.setattr(replication, "GROUPS", (group,))
     folders = ["--train_dir", str(tmp_path / "images"), "--work_dir", str(tmp_path / "work")]
     flags = [*folders, "--output_dir", str(tmp_path / "docs"), "--jobs", "2"]

@@ -17,7 +17,7 @@ from skimage import data as photographs
 from torch.utils.data import DataLoader
 
 import mimae
-from mimae.data.transforms import evaluation_transform
+from mimae.data.images.transforms import evaluation_transform
 from mimae.evaluation.corruptions import CorruptedTransform
 from mimae.evaluation.robustness import (
     ALEXNET_ERRORS,

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from mimae.data.scenes import LEAST_VISIBLE, MOST_OBJECTS, SceneComposer, main, photographs, run_lengths
-from mimae.data.sources import open_image_source
+from mimae.data.sources.opening import open_image_source
 
 COUNTS = ("--pretrain_images", "2", "--train_images", "6", "--validation_images", "3", "--scene_size", "48")
 

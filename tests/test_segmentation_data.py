@@ -17,18 +17,19 @@ from datasets import Image as ImageFeature
 from PIL import Image
 from torchvision import tv_tensors
 
-from mimae.data.base import ArraySource
-from mimae.data.decoding import BadImageError, decode_image
-from mimae.data.scenes import SceneComposer, compose_split, photographs
-from mimae.data.segmentation import SegmentationSource, decode_mask, open_segmentation_source
-from mimae.data.segmentation_augmentation import (
+from mimae.data.images.decoding import BadImageError, decode_image
+from mimae.data.images.masks import decode_mask
+from mimae.data.images.segmentation_augmentation import (
     FittingResize,
     MixedCrop,
     PhotometricDistortion,
     segmentation_evaluation_transform,
     segmentation_training_transform,
 )
-from mimae.data.sources import open_image_source
+from mimae.data.scenes import SceneComposer, compose_split, photographs
+from mimae.data.sources.base import ArraySource
+from mimae.data.sources.opening import open_image_source
+from mimae.data.sources.segmentation import SegmentationSource, open_segmentation_source
 
 HEIGHT, WIDTH = 10, 14
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]

@@ -11,7 +11,7 @@ from PIL import Image
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, confusion_matrix, jaccard_score
 
 from mimae.evaluation.segmentation import MeanIoU, segment, sliding_window_logits
-from mimae.evaluation.segmentation_pictures import save_segmentations
+from mimae.pictures.segmentation import save_segmentations
 
 K = 4
 

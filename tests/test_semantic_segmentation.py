@@ -15,7 +15,7 @@ from runs import series
 from sklearn.metrics import jaccard_score
 from transformers import UperNetForSemanticSegmentation
 
-from mimae.training.arguments import RecipeError
+from mimae.flags.option import RecipeError
 
 STRIDE = 21  # 2/3 of the crop
 

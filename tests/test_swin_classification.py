@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 from transformers import SwinConfig, SwinForImageClassification, SwinForMaskedImageModeling, SwinModel
 
 from mimae import MISimMIMForImageClassification
+from mimae.families.geometry import interpolate_table
+from mimae.families.warm_start import Checkpoint, UnfitCheckpointError
+from mimae.flags.option import RecipeError
 from mimae.run_image_classification import main
-from mimae.training.arguments import RecipeError
-from mimae.training.geometry import interpolate_table
-from mimae.training.warm_start import Checkpoint, UnfitCheckpointError
 
 TINY = {name: value for name, value in TINY_SWIN.items() if name != "mask_patch_size"}
 SHORT = {

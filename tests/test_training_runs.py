@@ -13,9 +13,10 @@ from runs import TINY_SWIN_MODEL, flags, launch, metrics, pretrain, series, sign
 from transformers import BertConfig
 
 from mimae import MIMAEForPreTraining
+from mimae.jobs.run_folder import OutputDirNotEmptyError, claim_output_dir, clear_output_dir
 from mimae.training.bad_images import TooManyBadImagesError
-from mimae.training.checkpoints import CheckpointError, verify
-from mimae.training.run_folder import OutputDirNotEmptyError, claim_output_dir, clear_output_dir
+from mimae.training.checkpoints.files import CheckpointError
+from mimae.training.checkpoints.store import verify
 from mimae.training.trainer import NonFiniteError
 
 

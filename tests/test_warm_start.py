@@ -24,13 +24,13 @@ from transformers import (
 
 from mimae import MIMAEBackbone, MIMAEConfig, MIMAEForImageClassification, MIMAEForPreTraining, MIMAEModel
 from mimae.configuration_misimmim import MISimMIMConfig
+from mimae.families.geometry import geometric_positions, interpolate_table, padding_remark
+from mimae.families.registry import FAMILIES
+from mimae.families.starting_model import StartingModel
+from mimae.families.warm_start import Checkpoint, UnfitCheckpointError
+from mimae.flags.option import RecipeError
 from mimae.modeling_mimae import interpolate_positions
 from mimae.modeling_misimmim import MISimMIMForPreTraining, MISimMIMModel
-from mimae.training.arguments import RecipeError
-from mimae.training.families import FAMILIES
-from mimae.training.geometry import geometric_positions, interpolate_table, padding_remark
-from mimae.training.starting_model import StartingModel
-from mimae.training.warm_start import Checkpoint, UnfitCheckpointError
 
 STOCK_FIELDS = ("image_size", "patch_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
 STOCK = {name: TINY[name] for name in (*STOCK_FIELDS, "intermediate_size")}

@@ -1,1 +1,1 @@
-"""Training of encoders and classifiers, and what it stands on: schedules, groups, checkpoints, monitors."""
+"""Training itself: the pre-training loop, optimisation, the linear probe, and how processes agree."""

@@ -4,12 +4,9 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from accelerate.utils import gather_object
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..data.supervised import TrainingLoader
-from ..data.words import some
 from .jsonl import append_jsonl, keep_jsonl, read_jsonl
 
 logger = logging.getLogger(__name__)
@@ -17,36 +14,6 @@ logger = logging.getLogger(__name__)
 
 class TooManyBadImagesError(RuntimeError):
     """More of the data set than `--max_bad_image_fraction` could not be decoded."""
-
-
-class BadImageLimit(TrainerCallback):
-    """Stops a `transformers.Trainer` after an epoch in which too many of the training images could not be decoded.
-
-    Args:
-        loader: the training loader of this process.
-        max_fraction: of all training images.
-    """
-
-    def __init__(self, loader: TrainingLoader, max_fraction: float):
-        self._loader, self._max_fraction = loader, max_fraction
-        self._count = 0
-
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Raises: TooManyBadImagesError, on all processes alike."""
-        bad_images = self._loader.bad_images
-        if PartialState().num_processes > 1:
-            bad_images = gather_object(bad_images)
-        count, num_images = len(set(bad_images)), len(self._loader.dataset.source)
-        if count > self._count and state.is_world_process_zero:
-            logger.warning("%d training image(s) could not be decoded and were replaced: %s", count, some(bad_images))
-        self._count = count
-        if count > self._max_fraction * num_images:
-            raise TooManyBadImagesError(
-                f"{count} of {num_images} training images cannot be decoded, more than --max_bad_image_fraction "
-                f"{self._max_fraction}: {some(bad_images)}. Mend or remove them, or raise the fraction"
-            )
 
 
 class BadImageLog:

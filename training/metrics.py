@@ -156,3 +156,6 @@ class MetricLog:
     def close(self) -> None:
         """Ends the bar."""
         self._bar.close()
+
+
+METRICS_FILE = "metrics.jsonl"

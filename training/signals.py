@@ -3,9 +3,6 @@
 import contextlib
 import signal
 from collections.abc import Iterator
-from typing import Any
-
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .processes import Agreement
 
@@ -58,22 +55,3 @@ class StopRequest:
     def agreed(self) -> int:
         """The signal's number if any process got one, else 0."""
         return self._agreement.largest(self._signum)
-
-
-class StopOnSignal(TrainerCallback):
-    """Ends the training of a `transformers.Trainer` after the step in which a stop signal came, with a checkpoint.
-
-    Attributes:
-        signum: the signal that ended it, or 0.
-    """
-
-    def __init__(self, stop_request: StopRequest):
-        self._stop_request, self.signum = stop_request, 0
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Collective: all processes end at the same step."""
-        self.signum = self._stop_request.agreed()
-        if self.signum:
-            control.should_save = control.should_training_stop = True

@@ -17,23 +17,20 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
 
-from ..data.loaders import PretrainingLoader
-from ..data.transforms import Normalization
+from ..data.batches.loaders import PretrainingLoader
+from ..data.images.transforms import Normalization
 from .bad_images import BadImageLog, TooManyBadImagesError
-from .checkpoints import (
-    CheckpointError,
-    CheckpointStore,
+from .checkpoints.files import CheckpointError, load_tensors, read_json, write_json
+from .checkpoints.state import (
     load_optimizer,
     load_process_states,
-    load_tensors,
     random_state,
-    read_json,
     refuse_other_settings,
     save_optimizer,
     save_process_states,
     set_random_state,
-    write_json,
 )
+from .checkpoints.store import CheckpointStore
 from .metrics import OUTPUT_SCALARS, MetricLog, StepMeter
 from .optimization import WarmupSchedule, clip_gradients, parameter_names
 from .processes import Agreement

@@ -1,0 +1,1 @@
+"""In which order images come, and how they become batches."""

@@ -1,0 +1,156 @@
+"""What loaders with targets share: an epoch at a time, for `transformers.Trainer` or a loop of one's own.
+
+Shapes: B images per process and batch, G = B x processes (the global batch).
+
+The loaders know their process and must not be given to `accelerator.prepare`: a Trainer returns them from
+`get_train_dataloader` and `get_eval_dataloader`.
+"""
+
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from ..order import SampleOrder
+from ..sources.base import RowSource
+from .loaders import BatchPlan, BatchRequest, OrderedSamples, leave_stop_signals_to_the_caller
+
+logger = logging.getLogger(__name__)
+
+IMAGES_NAMED = 10
+
+
+class SupervisedLoader(DataLoader):
+    """Leaves the caller's random numbers alone, and names the images that could not be decoded after an epoch.
+
+    Args:
+        samples: with `bad_images`, the `BadImages` that it has met.
+    """
+
+    def __init__(self, samples: Dataset, **options: Any):
+        # without a generator of its own a DataLoader draws from the caller's
+        super().__init__(
+            samples, generator=torch.Generator(), worker_init_fn=leave_stop_signals_to_the_caller, **options
+        )
+
+    def __iter__(self) -> Iterator[Any]:
+        yield from super().__iter__()
+        self.dataset.bad_images.warn()
+
+    @property
+    def bad_images(self) -> list[str]:
+        """Descriptions of the images that this process could not decode so far."""
+        return self.dataset.bad_images.describe()
+
+
+class TrainingLoader(SupervisedLoader):
+    """Training batches, the same whatever the number of workers; all processes together see one order.
+
+    What is seen is a function of (seed, epoch): the order, and the augmentation of each image. An epoch's remainder,
+    smaller than G, is dropped; another epoch drops other images. A bad image is replaced by the next good one of its
+    file, and its target with it.
+
+    `set_epoch` chooses the epoch, as a Trainer does. A Trainer resumes within an epoch by
+    `accelerate.skip_first_batches`, which here reads nothing of what it skips.
+
+    Args:
+        source: an `RowSource` with targets.
+        make_samples: from the plan of this process's batches, the samples that batches are made of.
+        collate: of a list of samples, the batch.
+        per_device_batch_size: B.
+        num_processes, process_index: of the distributed run.
+        seed: of the order.
+        num_workers: processes that read and decode; 0: the caller's own.
+        shuffle_window: how many rows of a sharded source are shuffled together, see `SampleOrder`.
+        pin_memory: copy batches to page-locked memory.
+
+    Raises:
+        ValueError: fewer images than one global batch takes.
+        RuntimeError: while reading, no image of a file can be decoded.
+    """
+
+    def __init__(
+        self,
+        source: RowSource,
+        make_samples: Callable[[BatchPlan], OrderedSamples],
+        collate: Callable[[list[Any]], Any],
+        *,
+        per_device_batch_size: int,
+        num_processes: int = 1,
+        process_index: int = 0,
+        seed: int = 0,
+        num_workers: int = 0,
+        shuffle_window: int = 8192,
+        pin_memory: bool = False,
+    ):
+        global_batch_size = per_device_batch_size * num_processes
+        if len(source) < global_batch_size:
+            raise ValueError(
+                f"{len(source)} training images are fewer than one global batch of {global_batch_size}: lower "
+                "per_device_train_batch_size"
+            )
+        plan = BatchPlan(
+            SampleOrder(source.block_sizes, seed, shuffle_window),
+            per_device_batch_size=per_device_batch_size,
+            global_batch_size=global_batch_size,
+            process_index=process_index,
+            samples_used=len(source) // global_batch_size * global_batch_size,
+            stride=max(1, num_workers),
+        )
+        super().__init__(
+            make_samples(plan),
+            batch_sampler=EpochRequests(plan),
+            collate_fn=collate,
+            num_workers=num_workers,
+            pin_memory=pin_memory,
+            persistent_workers=num_workers > 0,
+        )
+
+    def set_epoch(self, epoch: int) -> None:
+        """The next iteration gives the batches of this epoch."""
+        self.batch_sampler.set_epoch(epoch)
+
+
+class EpochRequests:
+    """The batch sampler of one epoch at a time."""
+
+    def __init__(self, plan: BatchPlan):
+        self.plan, self.epoch = plan, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.plan.samples_used // self.plan.global_batch_size
+
+    def __iter__(self) -> Iterator[BatchRequest]:
+        return self.plan.requests_of_epoch(self.epoch)
+
+
+class BadImages:
+    """Which images could not be decoded, in memory that the workers share: one flag for each image of the source."""
+
+    def __init__(self, source: RowSource, consequence: str):
+        self.source, self.consequence = source, consequence
+        self.flags = torch.zeros(len(source), dtype=torch.bool).share_memory_()
+        self.warned = 0
+
+    def add(self, index: int) -> None:
+        self.flags[index] = True
+
+    def describe(self) -> list[str]:
+        return [self.source.describe(index) for index in self.flags.nonzero().flatten().tolist()]
+
+    def warn(self) -> None:
+        """Names the images, if there are more of them than at the last warning."""
+        if self.flags.sum() > self.warned:
+            images = self.describe()
+            self.warned = len(images)
+            logger.warning(
+                "%d image(s) could not be decoded and were %s: %s",
+                len(images),
+                self.consequence,
+                images[:IMAGES_NAMED],
+            )

@@ -1,0 +1,1 @@
+"""What an image is: decoded, normalised, cropped and augmented."""

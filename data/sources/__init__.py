@@ -1,0 +1,1 @@
+"""Where images are: folders, arrays, data sets, shards, and parts of them."""

@@ -1,0 +1,1 @@
+"""What the scripts share: start, folder and results of a run, downstream runs, monitors, publishing."""

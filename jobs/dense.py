@@ -1,0 +1,213 @@
+"""What segmentation and detection have in common: a model on a backbone, trained, tested and shown in a picture."""
+
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+from accelerate import PartialState
+from accelerate.utils import gather_object, set_seed
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..data.batches.dense import DenseEvaluationLoader, DenseLoader, DenseSample
+from ..data.images.transforms import DenseTransform
+from ..data.sources.dense import DenseSource
+from ..families.registry import CONFIG_CLASSES
+from ..flags.dense import DenseArguments, DenseDataArguments
+from ..flags.hub import HubArguments
+from ..flags.model import ModelArguments
+from ..flags.option import RecipeError
+from ..flags.recipes import parse_arguments
+from ..training.hf_trainer.dense import DenseTrainer
+from ..training.optimization import WarmupSchedule, build_finetuning_adamw
+from .dense_results import write_dense_results
+from .downstream import DownstreamRun
+from .start import start_processes
+
+PICTURED_IMAGES = 8
+PICTURE = "predictions.png"
+
+
+class DenseRun(DownstreamRun):
+    """One run of a dense task. While it evaluates, the main process keeps what was predicted of the first images.
+
+    Args:
+        groups: what `DownstreamRun` takes.
+
+    Raises:
+        RecipeError: a field of the model that the task decides on.
+    """
+
+    IS_DENSE: ClassVar[bool] = True
+    TASK: ClassVar[str]  # as `write_dense_results` calls it
+    GROUPS: ClassVar[tuple[type[DenseDataArguments], type[DenseArguments]]]  # its flags
+
+    data_args: DenseDataArguments
+    args: DenseArguments
+
+    def __init__(self, *groups: Any):
+        super().__init__(*groups)
+        if "add_fpn" in self.model_fields:
+            raise RecipeError("add_fpn: the task says whether the encoder has a pyramid of its own; leave it out")
+        self.predictions: dict[int, Any] = {}  # of images to draw, by index
+        self.per_class: dict[str, float | None] | None = None  # of the newest evaluation, where the task has it
+
+    @classmethod
+    def execute_flags(cls, argv: Sequence[str] | None, *, default_recipe: Path, description: str) -> int:
+        """Does what the command line says, and returns the script's exit code.
+
+        Args:
+            argv: flags; None = the process's.
+            default_recipe: without --config.
+            description: of the script, for --help.
+
+        Raises:
+            ValueError and its kin, before training starts: a flag, recipe, checkpoint or data set that cannot be used;
+                while it reads, an image whose annotation has a class that is none of the set's.
+        """
+        data_class, arguments_class = cls.GROUPS
+        groups, model_fields, recipe = parse_arguments(
+            argv,
+            (ModelArguments, data_class, arguments_class, HubArguments),
+            CONFIG_CLASSES,
+            default_recipe=default_recipe,
+            description=description,
+            places=data_class.PLACES,
+            data_keys=data_class.DATA_KEYS,
+        )
+        args = groups[2]
+        output_dir = start_processes(args, recipe)
+        set_seed(args.seed)
+        run = cls(*groups, model_fields, output_dir)
+        return run.execute(run.finetune, write_dense_results)
+
+    # --- what a task brings -----------------------------------------------------------------------------------------
+
+    @property
+    @abstractmethod
+    def training_images(self) -> DenseSource:
+        """What is trained on."""
+
+    @property
+    @abstractmethod
+    def held_out_images(self) -> DenseSource:
+        """What is tested on."""
+
+    @property
+    @abstractmethod
+    def training_transform(self) -> DenseTransform:
+        """Augmentation."""
+
+    @property
+    @abstractmethod
+    def evaluation_transform(self) -> DenseTransform:
+        """What test images go through."""
+
+    @abstractmethod
+    def build_model(self) -> PreTrainedModel:
+        """The model, its backbone from the checkpoint that the flags name."""
+
+    @abstractmethod
+    def schedule(self, total_steps: int) -> WarmupSchedule:
+        """The learning rate of the heads."""
+
+    @abstractmethod
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """Metrics on the held-out images. Collective."""
+
+    @abstractmethod
+    def draw(self, path: Path) -> None:
+        """Draws `predictions` beside the truth."""
+
+    # --- the run ----------------------------------------------------------------------------------------------------
+
+    def finetune(self) -> dict[str, Any]:
+        """Trains the whole model, tests it and saves it in the run's folder."""
+        args = self.args
+        self.check_classes()
+        model = self.build_model()
+        loader = DenseLoader(
+            self.training_images,
+            transform=self.training_transform,
+            num_channels=self.num_channels,
+            **self.training_loader_options,
+        )
+        optimizer = build_finetuning_adamw(
+            model,
+            learning_rate=args.learning_rate,
+            weight_decay=args.weight_decay,
+            layer_decay=args.layer_decay,
+            betas=(args.adam_beta1, args.adam_beta2),
+        )
+        schedule = self.schedule(self.total_steps(self.steps_per_epoch(loader)))
+        options = self.trainer_options(loader, optimizer, schedule)
+        trainer = DenseTrainer(model, evaluate_model=self.evaluate, **options)
+        self.train(trainer)
+        metrics = trainer.final_metrics()
+        self.save(model)
+        if self.predictions and PartialState().is_main_process:
+            self.draw(self.output_dir / PICTURE)
+        return {
+            "test_images": len(self.held_out_images) - self.num_bad_images(),
+            "metrics": metrics,
+            "per_class": self.per_class,
+            "pictures": [PICTURE],
+        }
+
+    def settings(self, schedule: WarmupSchedule) -> dict[str, Any]:
+        """As of any training, and whether images are flipped."""
+        return {**super().settings(schedule), "horizontal_flip": self.data_args.horizontal_flip}
+
+    def facts(self) -> dict[str, Any]:
+        """As of every run, and what was trained on."""
+        return {
+            **super().facts(),
+            "task": self.TASK,
+            "dataset": self.training_images.name,
+            "training_images": len(self.training_images),
+        }
+
+    def num_bad_images(self) -> int:
+        """Held-out images that no process could decode. Collective."""
+        bad_images = self.evaluation_loader.bad_images
+        return len(gather_object(bad_images) if PartialState().num_processes > 1 else bad_images)
+
+    def check_classes(self) -> None:
+        """Raises a ValueError where the held-out images have other classes, before hours of work."""
+        here, there = self.training_images.class_names, self.held_out_images.class_names
+        if here != there:
+            differing = sorted(set(here) ^ set(there)) or "their order"
+            raise ValueError(
+                f"{self.held_out_images.name} has other classes than {self.training_images.name}: {differing}; both "
+                "must list the same"
+            )
+
+    @cached_property
+    def evaluation_loader(self) -> DenseEvaluationLoader:
+        """This process's part of the held-out images."""
+        state = PartialState()
+        return DenseEvaluationLoader(
+            self.held_out_images,
+            transform=self.evaluation_transform,
+            num_channels=self.num_channels,
+            num_processes=state.num_processes,
+            process_index=state.process_index,
+            num_workers=self.data_args.dataloader_num_workers,
+        )
+
+    def held_out_samples(self) -> Iterator[DenseSample]:
+        """This process's samples, on its device."""
+        for sample in self.evaluation_loader:
+            yield sample._replace(pixel_values=sample.pixel_values.to(self.device))
+
+    def remember(self, sample: DenseSample, prediction: Any) -> None:
+        """Keeps the newest prediction of an image that is to be drawn."""
+        if sample.index in self.predictions or len(self.predictions) < PICTURED_IMAGES:
+            self.predictions[sample.index] = prediction
+
+    def decoded(self, index: int) -> tuple[Any, Any]:
+        """A held-out image as it lies on disk, and its target."""
+        source = self.held_out_images
+        return source.decode(index, source.read(index), self.num_channels)

@@ -1,0 +1,134 @@
+"""What is looked at while a model trains: reconstructions of a few fixed images, and probes of its features.
+
+Both see images without augmentation, and change nothing: not the model's mode, not the gate, no random state.
+"""
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from ..data.images.transforms import Normalization
+from ..data.sources.opening import ImageSource
+from ..evaluation.features import evaluating
+from ..evaluation.probes import knn_accuracy, linear_probe_accuracy
+from ..pictures.reconstructions import save_reconstructions
+from .features import gather_features
+
+logger = logging.getLogger(__name__)
+
+# so many blocks of a sharded source are read for a probe: a row costs as much as its block
+PROBE_BLOCKS = 64
+
+
+class ReconstructionMonitor:
+    """Draws what the model makes of a few images.
+
+    Args:
+        pixel_values: (B, C, H, W), uint8.
+        noise: (B, *noise_shape), what their masks are cut from, the same each time.
+        normalize: uint8 images → what the model takes.
+    """
+
+    def __init__(self, pixel_values: torch.Tensor, noise: torch.Tensor, normalize: Normalization):
+        self._pixel_values, self._noise, self._normalize = pixel_values, noise, normalize
+
+    @torch.no_grad()
+    def draw(self, model: nn.Module, accelerator: Accelerator, path: Path) -> None:
+        """Writes the picture. Collective: the model may gather its negatives."""
+        pixel_values = self._normalize(self._pixel_values.to(accelerator.device))
+        with evaluating(model):
+            # not model(...): a compiled one would be compiled anew for this batch size
+            output = model.forward(pixel_values, noise=self._noise.to(accelerator.device))
+        if accelerator.is_main_process:
+            save_reconstructions(
+                path,
+                pixel_values.float().cpu(),
+                output.logits.float().cpu(),
+                output.mask.cpu(),
+                unit_size=model.config.unit_size,
+                norm_pix_loss=model.config.norm_pix_loss,
+                mean=self._normalize.mean,
+                std=self._normalize.std,
+            )
+
+
+class Probe:
+    """Accuracy of classifiers on frozen features: k nearest neighbours, and a linear one.
+
+    Args:
+        train, test: sources with labels; the classifier is fitted on the first and tested on the second.
+        train_indices, test_indices: which of their images.
+        read: how images are read: keyword arguments of `evaluation_batches`.
+    """
+
+    def __init__(
+        self,
+        train: ImageSource,
+        train_indices: np.ndarray,
+        test: ImageSource,
+        test_indices: np.ndarray,
+        *,
+        normalize: Normalization,
+        read: dict,
+    ):
+        self._parts = ((train, train_indices), (test, test_indices))
+        self._normalize, self._read = normalize, read
+
+    def measure(self, model: nn.Module, accelerator: Accelerator) -> dict[str, float]:
+        """`knn_accuracy` and `linear_accuracy`, in [0, 1]. Collective: each process extracts its share of features."""
+        with accelerator.autocast():
+            features = [
+                x
+                for source, indices in self._parts
+                for x in gather_features(model, source, indices, normalize=self._normalize, read=self._read)
+            ]
+        if not accelerator.is_main_process:
+            return {}
+        if len(np.unique(features[1])) < 2:
+            logger.warning("no probe: its %d training images are of fewer than two classes", len(features[1]))
+            return {}
+        return {"knn_accuracy": knn_accuracy(*features), "linear_accuracy": linear_probe_accuracy(*features)}
+
+
+class Evaluation:
+    """Everything that is looked at, at one step.
+
+    Args:
+        folder: where the pictures go, `step-0000500.png`.
+        pictures: of reconstructions.
+        probe: None for images without labels.
+    """
+
+    def __init__(self, folder: Path, pictures: ReconstructionMonitor, probe: Probe | None):
+        self._folder, self._pictures, self._probe = folder, pictures, probe
+
+    def __call__(self, model: nn.Module, accelerator: Accelerator, step: int) -> dict[str, float]:
+        """Draws, and returns the probe's metrics on the main process. Collective."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._pictures.draw(model, accelerator, self._folder / f"step-{step:07d}.png")
+        return self._probe.measure(model, accelerator) if self._probe else {}
+
+    @property
+    def newest_picture(self) -> Path | None:
+        """The one drawn last."""
+        return max(self._folder.glob("step-*.png"), default=None)
+
+
+def probe_indices(source: ImageSource, limit: int) -> np.ndarray:
+    """At most `limit` indices of a source, the same in all runs; from few blocks where rows come in blocks."""
+    random = np.random.default_rng(0)
+    indices = np.arange(len(source))
+    if source.reads_blocks:
+        ends = np.cumsum(source.block_sizes)
+        blocks = random.permutation(len(ends))[:PROBE_BLOCKS]
+        indices = np.concatenate([np.arange(ends[b] - source.block_sizes[b], ends[b]) for b in blocks])
+    return np.sort(random.permutation(indices)[:limit])
+
+
+def split_indices(indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Two halves to fit and to test on, for a set without a validation split."""
+    return indices[::2], indices[1::2]

@@ -1,0 +1,37 @@
+"""From a run's folder to the Hub: asked for before the run, done after it."""
+
+import logging
+from pathlib import Path
+
+from ..hub.push import check_access, push_checkpoint
+from ..training.processes import on_main_process
+
+logger = logging.getLogger(__name__)
+
+
+def claim_repository(push_to_hub: bool, hub_model_id: str | None, private: bool, output_dir: Path) -> str | None:
+    """The repository that a run will be pushed to, made now if it is new; None where nothing is to be pushed.
+
+    Args:
+        hub_model_id: None = the name of `output_dir`, in the user's own namespace.
+
+    Raises:
+        PermissionError, ValueError: see `check_access`; better now than after days of training.
+    """
+    if not push_to_hub:
+        return None
+    return on_main_process(lambda: check_access(hub_model_id or output_dir.resolve().name, private=private or None))
+
+
+def publish(output_dir: Path, repo_id: str | None, private: bool) -> int:
+    """Pushes what a run has left, if it is to be pushed, and returns the exit code; call it on one process only.
+
+    A failure is told in words, and harms nothing: `python -m mimae.hub.push` tries again.
+    """
+    if repo_id is None:
+        return 0
+    report = push_checkpoint(output_dir, repo_id, private=private or None)
+    print(report.describe())
+    if report.error:
+        print(f"{output_dir} is whole; try again with: python -m mimae.hub.push {output_dir} {report.repo_id}")
+    return 1 if report.error else 0

@@ -1,0 +1,137 @@
+"""What a finished run leaves for people: curves, the picture, the model card, and a few lines on the terminal."""
+
+import platform
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..hub.model_card import write_model_card
+from ..pictures.curves import save_curves
+from ..training.checkpoints.files import write_json
+from ..training.jsonl import read_jsonl
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS_FILE = "results.json"
+LOSSES = ("reconstruction_loss", "mi_max_loss", "mi_min_loss", "approximation_loss", "objective")
+PROBES = ("knn_accuracy", "linear_accuracy")
+PACKAGES = ("torch", "torchvision", "transformers", "accelerate", "datasets")
+
+
+def device_name(device: torch.device) -> str:
+    """The device in words, for a card."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} thread(s), {platform.machine()}"
+
+
+def package_versions() -> dict[str, str]:
+    """Of the libraries that a result depends on."""
+    return {name: version(name) for name in PACKAGES}
+
+
+def source_commit(root: Path = ROOT) -> str | None:
+    """The commit of this code, with "-dirty" where code differs from it; None where it is no checkout of its own.
+
+    Documents are not code: a program that writes its results into them leaves the next one the commit it has.
+    """
+    if not (root / ".git").exists():
+        return None
+    commit = _git(root, "rev-parse", "HEAD").stdout.strip()
+    is_dirty = _git(root, "diff", "--quiet", "HEAD", "--", ".", ":(exclude)docs", ":(exclude)*.md").returncode
+    return f"{commit}-dirty" if commit and is_dirty else commit or None
+
+
+def _git(root: Path, *command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["git", "-C", str(root), *command], capture_output=True, text=True)
+
+
+def write_record(output_dir: Path, results: Mapping[str, Any]) -> dict[str, Any]:
+    """Writes a downstream run's results to `results.json`, with the code that they are of, and returns both."""
+    record = {**results, "commit": source_commit(), "versions": package_versions()}
+    write_json(output_dir / RESULTS_FILE, record)
+    return record
+
+
+def write_results(output_dir: Path, *, recipe: dict[str, Any], summary: dict[str, Any], picture: Path | None) -> str:
+    """Writes `curves.png`, `reconstructions.png` and the card `README.md` from `metrics.jsonl`.
+
+    Args:
+        recipe: every flag's value.
+        summary: facts of the run; losses and probes are added here, from the file.
+        picture: the newest reconstructions.
+
+    Returns:
+        The summary in words.
+    """
+    lines = read_jsonl(output_dir / "metrics.jsonl")
+    probes = {line["step"]: {name: line[name] for name in PROBES} for line in lines if PROBES[0] in line}
+    summary = {
+        **summary,
+        "final": {name: value for name in LOSSES if (value := _last(lines, name)) is not None},
+        "probe_before": probes.get(0),
+        "probe_after": probes[max(probes)] if probes else None,
+        "commit": source_commit(),
+        "versions": package_versions(),
+    }
+    save_curves(
+        output_dir / "metrics.jsonl",
+        output_dir / "curves.png",
+        gate_threshold=summary["gate_threshold"] if summary["information_terms"] else None,
+    )
+    if picture is not None:
+        shutil.copyfile(picture, output_dir / "reconstructions.png")
+    pictures = [name for name in ("reconstructions.png", "curves.png") if (output_dir / name).exists()]
+    write_model_card(output_dir, summary=summary, recipe=recipe, pictures=pictures)
+    return describe(summary, output_dir)
+
+
+def describe(summary: dict[str, Any], output_dir: Path) -> str:
+    """A few lines for the terminal."""
+    losses = "  ".join(f"{name} {value:.4f}" for name, value in summary["final"].items())
+    rows = [
+        f"{summary['steps']} steps, {summary['epochs']:.1f} epochs of {summary['num_images']} images, "
+        f"{summary['seconds']:.0f} s on {summary['world_size']} x {summary['device']}",
+        f"final     {losses}",
+        f"gate      {describe_gate(summary)}",
+    ]
+    if summary["skipped_steps"] or summary["bad_images"]:
+        rows.append(f"skipped   {summary['skipped_steps']} steps, {summary['bad_images']} bad images")
+    if summary["probe_before"] and summary["probe_after"]:
+        for name in PROBES:
+            before, after = summary["probe_before"][name], summary["probe_after"][name]
+            rows.append(f"{name:15} {before:.1%} at the start -> {after:.1%} ({100 * (after - before):+.1f} points)")
+    rows += [
+        f"model     {output_dir} (README.md, config.json, model.safetensors, preprocessor_config.json)",
+        f"look at   {output_dir}/reconstructions.png, {output_dir}/curves.png",
+    ]
+    return framed(rows)
+
+
+def framed(rows: Sequence[str]) -> str:
+    """Lines for the terminal, set off from the log above them."""
+    width = max(map(len, rows))
+    return "\n".join(["", "=" * width, *rows, "=" * width])
+
+
+def describe_gate(summary: dict[str, Any]) -> str:
+    """In plain words, whether the information terms ever counted."""
+    threshold, step = summary["gate_threshold"], summary["gate_opened_at_step"]
+    if not summary["information_terms"]:
+        return "no information terms: plain reconstruction"
+    if threshold is None:
+        return "always open"
+    if step is None:
+        return (
+            f"NEVER OPENED: L_rec stayed at or above {threshold}, so the information terms did not train anything. "
+            "Train longer, or raise mi_gate_threshold"
+        )
+    return f"opened at step {step}, when L_rec first fell below {threshold}"
+
+
+def _last(lines: list[dict[str, Any]], name: str) -> float | None:
+    return next((line[name] for line in reversed(lines) if line.get(name) is not None), None)

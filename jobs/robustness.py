@@ -1,0 +1,116 @@
+"""A classifier on ImageNet's offspring and on corrupted images: sets opened before a training, tested after it."""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from torch import nn
+from torch.utils.data import DataLoader
+
+from ..data.images.transforms import evaluation_transform
+from ..data.sources.opening import ImageSource, open_image_source
+from ..evaluation.corruptions import CorruptedTransform
+from ..evaluation.robustness import (
+    SEVERITIES,
+    RestrictedClassifier,
+    class_positions,
+    corruption_folders,
+    corruption_table,
+    imagenet_a_wnids,
+    imagenet_r_wnids,
+)
+from ..training.hf_trainer.classification import ClassificationTrainer
+
+logger = logging.getLogger(__name__)
+
+# of a trainer's model
+RobustnessTest = Callable[[ClassificationTrainer], dict[str, Any]]
+# images, names of the classes that their labels are places in, and what replaces the usual crop → batches
+LoaderOf = Callable[[ImageSource, Sequence[str], nn.Module | None], DataLoader]
+
+
+def imagenet_tests(
+    folders: Mapping[str, str | None],
+    names: Sequence[str],
+    *,
+    image_size: tuple[int, int],
+    loader_of: LoaderOf,
+    tester_of: Callable[[nn.Module], ClassificationTrainer],
+) -> dict[str, RobustnessTest]:
+    """A test for each of "imagenet_a", "imagenet_r", "imagenet_sketch" and "imagenet_c" that has a folder.
+
+    Args:
+        folders: of the sets; None for those that are not wanted.
+        names: of the model's classes, in the order of its logits.
+        image_size: (h, w) of the model.
+        tester_of: a trainer that tests a model.
+
+    Raises:
+        ValueError: what is wrong with a folder, or classes that the model does not have.
+    """
+    tests: dict[str, RobustnessTest] = {}
+    for key, wnids in (("imagenet_a", imagenet_a_wnids()), ("imagenet_r", imagenet_r_wnids())):
+        if folder := folders[key]:
+            loader = loader_of(open_image_source(train_dir=folder), wnids, None)
+            tests[key] = partial(_restricted_metrics, class_positions(wnids, names), loader, tester_of)
+    if folder := folders["imagenet_sketch"]:
+        tests["imagenet_sketch"] = partial(_metrics, loader_of(open_image_source(train_dir=folder), names, None))
+    if folder := folders["imagenet_c"]:
+        cropped = evaluation_transform(image_size, crop_ratio=1)  # as the published images are
+        loaders = {
+            key: loader_of(open_image_source(train_dir=images), names, cropped)
+            for key, images in corruption_folders(folder).items()
+        }
+        tests["imagenet_c"] = partial(_corruption_errors, loaders, relative_to_alexnet=True)
+    return tests
+
+
+def corruption_test(
+    source: ImageSource,
+    names: Sequence[str],
+    corruptions: Sequence[str],
+    *,
+    image_size: tuple[int, int],
+    crop_ratio: float,
+    loader_of: LoaderOf,
+) -> RobustnessTest:
+    """A test on images that are corrupted on the fly, in each way at each severity.
+
+    Raises:
+        ImportError, ValueError: see `CorruptedTransform`.
+    """
+    loaders = {
+        (corruption, severity): loader_of(
+            source, names, CorruptedTransform(image_size, corruption, severity, crop_ratio=crop_ratio)
+        )
+        for corruption in corruptions
+        for severity in SEVERITIES
+    }
+    return partial(_corruption_errors, loaders, relative_to_alexnet=False)
+
+
+def _metrics(loader: DataLoader, trainer: ClassificationTrainer) -> dict[str, float]:
+    metrics, _, _ = trainer.test(loader)
+    return metrics
+
+
+def _restricted_metrics(
+    positions: Sequence[int],
+    loader: DataLoader,
+    tester_of: Callable[[nn.Module], ClassificationTrainer],
+    trainer: ClassificationTrainer,
+) -> dict[str, float]:
+    """Metrics of a trainer's model among the classes at these positions alone."""
+    return _metrics(loader, tester_of(RestrictedClassifier(trainer.model, positions)))
+
+
+def _corruption_errors(
+    loaders: Mapping[tuple[str, int], DataLoader], trainer: ClassificationTrainer, *, relative_to_alexnet: bool
+) -> dict[str, Any]:
+    """The `corruption_table` of a trainer's model, from images by corruption and severity."""
+    errors = {}
+    for (corruption, severity), loader in loaders.items():
+        errors[corruption, severity] = 1 - _metrics(loader, trainer)["accuracy"]
+        logger.info("%s %d: %.1f %% wrong", corruption, severity, 100 * errors[corruption, severity])
+    return corruption_table(errors, relative_to_alexnet=relative_to_alexnet)

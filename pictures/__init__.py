@@ -1,0 +1,1 @@
+"""Everything that is drawn: curves, reconstructions, classes, segmentations, detections."""
