@@ -1,14 +1,12 @@
 """The flags that say which data, and how it is read."""
 
-import logging
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..data.sources.opening import ImageSource, open_image_source
+from ..data.sources.opening import ImageSource, image_splits, open_image_source
 from .option import check_types
 
-logger = logging.getLogger(__name__)
-
+USUAL_HELD_OUT_SPLITS = ("validation", "test")  # the first that there is
 # one of them says where the images are; a flag replaces whichever a recipe names
 PLACES = ("dataset_name", "train_dir", "data_files")
 # and these say more about those images: with other images they mean nothing
@@ -104,21 +102,23 @@ class DataArguments:
         """Images that are not trained on: the folder, the files or the split that the flags name, or one there is."""
         split = self.validation_split or self.train_split
         if self.validation_dir is not None:  # a folder has no columns to name
-            return open_image_source(split=split, train_dir=self.validation_dir, cache_dir=self.cache_dir)
+            return open_image_source(
+                split=split, train_dir=self.validation_dir, cache_dir=self.cache_dir, flag="--validation_dir"
+            )
         if self.validation_files is not None:
-            return self._open(split, data_files=self.validation_files)
+            return self._open(split, data_files=self.validation_files, flag="--validation_files")
         if self.data_files is not None:  # all of them are for training
             return None
         if self.validation_split is not None:
             return self.open_split(self.validation_split)
-        for split in ("validation", "test"):
-            if split == self.train_split:
-                continue
-            try:
-                return self.open_split(split)
-            except ValueError as error:
-                logger.debug("there is no split %s: %s", split, error)
-        return None
+        there = image_splits(
+            dataset_name=self.dataset_name,
+            dataset_config_name=self.dataset_config_name,
+            train_dir=self.train_dir,
+            cache_dir=self.cache_dir,
+        )
+        usual = [name for name in USUAL_HELD_OUT_SPLITS if name in there and name != self.train_split]
+        return self.open_split(usual[0]) if usual else None
 
     def _open(self, split: str, **place: Any) -> ImageSource:
         return open_image_source(

@@ -1,6 +1,7 @@
 """A classifier on ImageNet's offspring and on corrupted images: sets opened before a training, tested after it."""
 
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -52,18 +53,22 @@ def imagenet_tests(
     tests: dict[str, RobustnessTest] = {}
     for key, wnids in (("imagenet_a", imagenet_a_wnids()), ("imagenet_r", imagenet_r_wnids())):
         if folder := folders[key]:
-            loader = loader_of(open_image_source(train_dir=folder), wnids, None)
+            loader = loader_of(_open_set(key, folder), wnids, None)
             tests[key] = partial(_restricted_metrics, class_positions(wnids, names), loader, tester_of)
     if folder := folders["imagenet_sketch"]:
-        tests["imagenet_sketch"] = partial(_metrics, loader_of(open_image_source(train_dir=folder), names, None))
+        tests["imagenet_sketch"] = partial(_metrics, loader_of(_open_set("imagenet_sketch", folder), names, None))
     if folder := folders["imagenet_c"]:
         cropped = evaluation_transform(image_size, crop_ratio=1)  # as the published images are
         loaders = {
-            key: loader_of(open_image_source(train_dir=images), names, cropped)
+            key: loader_of(_open_set("imagenet_c", images), names, cropped)
             for key, images in corruption_folders(folder).items()
         }
         tests["imagenet_c"] = partial(_corruption_errors, loaders, relative_to_alexnet=True)
     return tests
+
+
+def _open_set(key: str, folder: str | os.PathLike) -> ImageSource:
+    return open_image_source(train_dir=folder, flag=f"--{key}_dir")
 
 
 def corruption_test(

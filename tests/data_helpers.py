@@ -103,3 +103,13 @@ def write_idx(path, values, compress=False):
     header = bytes([0, 0, 8, values.ndim]) + struct.pack(f">{values.ndim}I", *values.shape)
     content = header + values.tobytes()
     path.write_bytes(gzip.compress(content) if compress else content)
+
+
+def write_idx_folder(folder, compress, split="train", count=5):
+    folder.mkdir(exist_ok=True)
+    images = np.random.default_rng(0).integers(0, 256, (count, 3, 4), dtype=np.uint8)
+    labels = np.arange(count, dtype=np.uint8)
+    suffix = ".gz" if compress else ""
+    write_idx(folder / f"{split}-images-idx3-ubyte{suffix}", images, compress)
+    write_idx(folder / f"{split}-labels-idx1-ubyte{suffix}", labels, compress)
+    return images, labels

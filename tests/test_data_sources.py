@@ -22,7 +22,7 @@ from mimae.data.sources import sharded
 from mimae.data.sources.hugging_face import explained_access
 from mimae.data.sources.opening import open_image_source
 from mimae.drills.apparatus.serving import RangeHandler, serve, serve_folder
-from mimae.tests.data_helpers import FEATURES, jpegs, shards, write_idx, write_parquet, write_tars
+from mimae.tests.data_helpers import FEATURES, jpegs, shards, write_idx, write_idx_folder, write_parquet, write_tars
 
 
 def rows(source):
@@ -41,16 +41,6 @@ def image_folder(tmp_path):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(image)
     return str(tmp_path / "folder")
-
-
-def write_idx_folder(folder, compress, split="train", count=5):
-    folder.mkdir(exist_ok=True)
-    images = np.random.default_rng(0).integers(0, 256, (count, 3, 4), dtype=np.uint8)
-    labels = np.arange(count, dtype=np.uint8)
-    suffix = ".gz" if compress else ""
-    write_idx(folder / f"{split}-images-idx3-ubyte{suffix}", images, compress)
-    write_idx(folder / f"{split}-labels-idx1-ubyte{suffix}", labels, compress)
-    return images, labels
 
 
 # The embedded digits and IDX folders

@@ -80,12 +80,10 @@ def open_dataset(
     *,
     split: str,
     name: str,
-    config_name: str | None,
-    data_dir: str | None,
-    data_files: dict[str, list[str]] | None,
     streaming: bool,
     columns: tuple[str | None, str | None],
     cache_dir: str | os.PathLike | None,
+    **place: Any,
 ) -> ImageSource:
     """Opens what 🤗 Datasets' `load_dataset(path, ...)` would, as an `ImageSource`.
 
@@ -93,16 +91,14 @@ def open_dataset(
         path: a builder's name, a Hub name or a local folder.
         name: what the user called it, for messages.
         columns: (image column, label column) as the user named them, each may be None.
+        place: see `dataset_builder`.
 
     Raises:
         ValueError: no access, no such split, no such column, a kind of file that cannot be streamed, no image.
     """
     with explained_access(name):
-        builder = load_dataset_builder(
-            path, name=config_name, data_dir=data_dir, data_files=data_files, cache_dir=cache_dir
-        )
-        splits = [str(key) for key in builder.info.splits or builder.config.data_files or ()]
-        if split not in splits:
+        builder = dataset_builder(path, cache_dir=cache_dir, **place)
+        if split not in (splits := _splits(builder)):
             raise ValueError(f"{name} has no split {split!r}; it has {splits}")
         if streaming:
             return _open_shards(builder, split, name=name, columns=columns, cache_dir=cache_dir)
@@ -118,6 +114,28 @@ def open_dataset(
         label_column=label,
         label_names=getattr(dataset.features.get(label), "names", None),
     )
+
+
+def dataset_splits(path: str, *, name: str, cache_dir: str | os.PathLike | None, **place: Any) -> list[str]:
+    """The splits of what `open_dataset` would open. Raises: ValueError, without access."""
+    with explained_access(name):
+        return _splits(dataset_builder(path, cache_dir=cache_dir, **place))
+
+
+def dataset_builder(
+    path: str,
+    *,
+    cache_dir: str | os.PathLike | None,
+    config_name: str | None = None,
+    data_dir: str | None = None,
+    data_files: dict[str, list[str]] | None = None,
+) -> DatasetBuilder:
+    """🤗 Datasets' own; the arguments are those of `load_dataset_builder`, where `config_name` is called `name`."""
+    return load_dataset_builder(path, name=config_name, data_dir=data_dir, data_files=data_files, cache_dir=cache_dir)
+
+
+def _splits(builder: DatasetBuilder) -> list[str]:
+    return [str(key) for key in builder.info.splits or builder.config.data_files or ()]
 
 
 def _open_shards(

@@ -20,6 +20,11 @@ def is_idx_folder(folder: str | os.PathLike) -> bool:
     return any(Path(folder).glob(IMAGE_FILES))
 
 
+def idx_splits(folder: str | os.PathLike) -> list[str]:
+    """The splits of which the folder has images."""
+    return [name for name, prefix in FILE_PREFIX.items() if any(Path(folder).glob(prefix + IMAGE_FILES[1:]))]
+
+
 def open_idx_folder(folder: str | os.PathLike, split: str) -> ArraySource:
     """Opens one split of an IDX folder.
 
@@ -27,8 +32,7 @@ def open_idx_folder(folder: str | os.PathLike, split: str) -> ArraySource:
         ValueError: no such split; a file is missing, is not IDX or has another length than its header says; images
             and labels differ in number.
     """
-    present = [name for name, prefix in FILE_PREFIX.items() if any(Path(folder).glob(prefix + IMAGE_FILES[1:]))]
-    if split not in present:
+    if split not in (present := idx_splits(folder)):
         raise ValueError(f"IDX folder {folder} has no split {split!r}; it has {present}")
     images = read_idx(_find(folder, f"{FILE_PREFIX[split]}-images-idx3-ubyte"), ndim=3)  # (n, H, W)
     labels = read_idx(_find(folder, f"{FILE_PREFIX[split]}-labels-idx1-ubyte"), ndim=1)  # (n,)

@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 
 from .base import ArraySource, ImageSource
-from .idx import is_idx_folder, open_idx_folder
+from .idx import idx_splits, is_idx_folder, open_idx_folder
 
 __all__ = ["ArraySource", "ImageSource", "open_image_source"]
 
 DIGITS = "digits"
+DIGITS_SPLITS = ("train", "test")
 DIGITS_TEST_FRACTION = 0.2
 # names that a folder of one split goes by
 SPLIT_FOLDERS = {
@@ -35,6 +36,7 @@ def open_image_source(
     image_column_name: str | None = None,
     label_column_name: str | None = None,
     cache_dir: str | os.PathLike | None = None,
+    flag: str | None = None,
 ) -> ImageSource:
     """Opens a split of a data set; images stay encoded until a loader decodes them.
 
@@ -52,6 +54,7 @@ def open_image_source(
         image_column_name, label_column_name: default to the first column of type `Image` and `ClassLabel`, else to
             "image" and "label"; in WebDataset files to jpg, jpeg, png or webp and to cls.
         cache_dir: where 🤗 Datasets converts to, and where listings of shards are kept; default: its own cache.
+        flag: what the user named the place by, for messages; default: "--train_dir" or "--data_files".
 
     Raises:
         ValueError: more than one place named; no such folder, file, split or column (lists those there are); no
@@ -63,24 +66,44 @@ def open_image_source(
         raise ValueError(f"{' and '.join(named)} name different data: give one of them")
     if dataset_name == DIGITS or not named:
         return open_digits(split)
-    if train_dir and not Path(train_dir).is_dir():
-        raise ValueError(f"--train_dir {train_dir} is not a folder")
-    if train_dir and is_idx_folder(train_dir):
+    if train_dir and _is_idx(train_dir, flag or "--train_dir"):
         return open_idx_folder(train_dir, split)
 
-    from .hugging_face import open_dataset
+    from .hugging_face import open_dataset  # the digits need none of it, and start two seconds sooner
 
-    if train_dir:
-        files = folder_patterns(Path(train_dir))
-        place = {"path": "imagefolder", "name": str(train_dir), "data_dir": str(train_dir), "data_files": files}
-        place["streaming"] = False
-    elif data_files:
-        place = _shards(data_files, split) | {"streaming": streaming}
+    if data_files:
+        place = _shards(data_files, split, flag or "--data_files")
     else:
-        place = {"path": dataset_name, "name": dataset_name, "streaming": streaming}
-    columns = (image_column_name, label_column_name)
-    defaults = {"data_dir": None, "data_files": None, "config_name": dataset_config_name}
-    return open_dataset(**(defaults | place), split=split, columns=columns, cache_dir=cache_dir)
+        place = _folder_or_name(dataset_name, dataset_config_name, train_dir)
+    return open_dataset(
+        **place,
+        split=split,
+        streaming=streaming and not train_dir,
+        columns=(image_column_name, label_column_name),
+        cache_dir=cache_dir,
+    )
+
+
+def image_splits(
+    *,
+    dataset_name: str | None = None,
+    dataset_config_name: str | None = None,
+    train_dir: str | os.PathLike | None = None,
+    cache_dir: str | os.PathLike | None = None,
+) -> list[str]:
+    """The splits that a data set or a folder has, none of which is opened; see `open_image_source`.
+
+    Raises:
+        ValueError: no such folder, no access on the Hub.
+    """
+    if dataset_name == DIGITS or not (dataset_name or train_dir):
+        return list(DIGITS_SPLITS)
+    if train_dir and _is_idx(train_dir, "--train_dir"):
+        return idx_splits(train_dir)
+
+    from .hugging_face import dataset_splits
+
+    return dataset_splits(**_folder_or_name(dataset_name, dataset_config_name, train_dir), cache_dir=cache_dir)
 
 
 def open_digits(split: str) -> ArraySource:
@@ -91,8 +114,8 @@ def open_digits(split: str) -> ArraySource:
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
-    if split not in ("train", "test"):
-        raise ValueError(f"{DIGITS} has no split {split!r}; it has ['train', 'test']")
+    if split not in DIGITS_SPLITS:
+        raise ValueError(f"{DIGITS} has no split {split!r}; it has {list(DIGITS_SPLITS)}")
     digits = load_digits()
     images = np.round(digits.images * (255 / 16)).astype(np.uint8)  # (1797, 8, 8)
     train, test = train_test_split(
@@ -121,16 +144,32 @@ def folder_patterns(folder: Path) -> dict[str, list[str]]:
     return patterns or {"train": ["**"]}
 
 
-def _shards(data_files: str | Sequence[str], split: str) -> dict[str, Any]:
+def _is_idx(folder: str | os.PathLike, flag: str) -> bool:
+    if not Path(folder).is_dir():
+        raise ValueError(f"{flag} {folder} is not a folder")
+    return is_idx_folder(folder)
+
+
+def _folder_or_name(
+    dataset_name: str | None, dataset_config_name: str | None, train_dir: str | os.PathLike | None
+) -> dict[str, Any]:
+    """What 🤗 Datasets is to open."""
+    if train_dir:
+        files = folder_patterns(Path(train_dir))
+        return {"path": "imagefolder", "name": str(train_dir), "data_dir": str(train_dir), "data_files": files}
+    return {"path": dataset_name, "name": dataset_name, "config_name": dataset_config_name}
+
+
+def _shards(data_files: str | Sequence[str], split: str, flag: str) -> dict[str, Any]:
     """Expands patterns in order and tells the builder by the suffix."""
     given = [data_files] if isinstance(data_files, str) else list(data_files)
     files = []
     for pattern in given:
         found = sorted(glob(pattern, recursive=True)) if has_magic(pattern) and "://" not in pattern else [pattern]
         if not found or ("://" not in pattern and not Path(found[0]).is_file()):
-            raise ValueError(f"--data_files: no file matches {pattern}")
+            raise ValueError(f"{flag}: no file matches {pattern}")
         files += found
     suffixes = {PurePosixPath(file).suffix.lower() for file in files}
     if len(suffixes) != 1 or not suffixes <= set(BUILDER_BY_SUFFIX):
-        raise ValueError(f"--data_files takes .parquet or .tar files, all of one kind, got {sorted(suffixes)}")
-    return {"path": BUILDER_BY_SUFFIX[suffixes.pop()], "name": "--data_files", "data_files": {split: files}}
+        raise ValueError(f"{flag} takes .parquet or .tar files, all of one kind, got {sorted(suffixes)}")
+    return {"path": BUILDER_BY_SUFFIX[suffixes.pop()], "name": flag, "data_files": {split: files}}
