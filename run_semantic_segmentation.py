@@ -83,18 +83,16 @@ class SegmentationRun(DenseRun):
     @cached_property
     def training_images(self) -> SegmentationSource:
         """The training split."""
-        return self.open_split(self.data_args.train_split, self.data_args.data_files)
+        return self.open_split(self.data_args.train_split, "data_files")
 
     @cached_property
     def held_out_images(self) -> SegmentationSource:
         """The validation split, with the classes of the training split."""
         data_args, class_names = self.data_args, self.training_images.class_names
-        return self.open_split(data_args.validation_split, data_args.validation_files, class_names)
+        return self.open_split(data_args.validation_split, "validation_files", class_names)
 
-    def open_split(
-        self, split: str, data_files: Sequence[str] | None, class_names: Sequence[str] | None = None
-    ) -> SegmentationSource:
-        """See `open_segmentation_source`."""
+    def open_split(self, split: str, files_flag: str, class_names: Sequence[str] | None = None) -> SegmentationSource:
+        """See `open_segmentation_source`; `files_flag` names files of this split, where there are any."""
         data_args = self.data_args
         with PartialState().main_process_first():
             return open_segmentation_source(
@@ -102,7 +100,8 @@ class SegmentationRun(DenseRun):
                 dataset_name=data_args.dataset_name,
                 dataset_config_name=data_args.dataset_config_name,
                 train_dir=data_args.train_dir,
-                data_files=data_files,
+                data_files=getattr(data_args, files_flag),
+                flag=f"--{files_flag}",
                 image_column_name=data_args.image_column_name,
                 annotation_column_name=data_args.annotation_column_name,
                 class_names=class_names,

@@ -303,6 +303,12 @@ def test_columns_that_are_none_of_masks_are_named(tmp_path):
             open_segmentation_source(data_files=path, annotation_column_name=column, cache_dir=tmp_path / "cache")
 
 
+def test_the_flag_that_names_the_files_is_blamed_for_them(tmp_path):
+    path = write_parquet(tmp_path / "a.parquet", ("image", "label"), (IMAGE, Value("int64")))
+    with pytest.raises(ValueError, match="--validation_files has no column of masks"):
+        open_segmentation_source(data_files=path, flag="--validation_files", cache_dir=tmp_path / "cache")
+
+
 # Classes
 
 

@@ -116,6 +116,7 @@ def open_segmentation_source(
     num_classes: int | None = None,
     reduce_zero_label: bool = False,
     cache_dir: str | os.PathLike | None = None,
+    flag: str = "--data_files",
 ) -> SegmentationSource:
     """Opens a split of a segmentation set; images and masks stay encoded until a loader decodes them.
 
@@ -138,6 +139,7 @@ def open_segmentation_source(
         num_classes: K; must agree with the names, if there are any.
         reduce_zero_label: value 0 means "no class" and is ignored; 1 becomes class 0.
         cache_dir: where 🤗 Datasets converts to; default: its own cache.
+        flag: what the user named `data_files` by, for messages.
 
     Raises:
         ValueError: no place or several named; no such folder, split or column; images without a mask or masks without
@@ -147,7 +149,7 @@ def open_segmentation_source(
     named = [f"--{key}" for key, value in places.items() if value]
     if len(named) != 1:
         raise ValueError(f"name the data by one of --dataset_name, --train_dir and --data_files, got {named}")
-    name, stored_names = str(dataset_name or train_dir or "--data_files"), None
+    name, stored_names = str(dataset_name or train_dir or flag), None
     if train_dir:
         folder, mask_folder = _folders_of_split(Path(train_dir), split)
         dataset, stored_names = _pair_files(folder, mask_folder), _stored_class_names(Path(train_dir), mask_folder)
