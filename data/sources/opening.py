@@ -1,10 +1,10 @@
 """The one door to the data: `open_image_source` turns the user's words into an `ImageSource`."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from glob import glob, has_magic
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -23,6 +23,22 @@ SPLIT_FOLDERS = {
     "test": ("test", "testing", "eval", "evaluation"),
 }
 BUILDER_BY_SUFFIX = {".parquet": "parquet", ".tar": "webdataset"}
+
+
+class FolderKind(NamedTuple):
+    """A kind of folder that `train_dir` may name, beside folders of image files.
+
+    recognises: whether a folder is of this kind.
+    splits: names of the splits of which it has images.
+    open: the source of one of them.
+    """
+
+    recognises: Callable[[str | os.PathLike], bool]
+    splits: Callable[[str | os.PathLike], list[str]]
+    open: Callable[[str | os.PathLike, str], ImageSource]
+
+
+FOLDER_KINDS = [FolderKind(is_idx_folder, idx_splits, open_idx_folder)]
 
 
 def open_image_source(
@@ -66,8 +82,8 @@ def open_image_source(
         raise ValueError(f"{' and '.join(named)} name different data: give one of them")
     if dataset_name == DIGITS or not named:
         return open_digits(split)
-    if train_dir and _is_idx(train_dir, flag or "--train_dir"):
-        return open_idx_folder(train_dir, split)
+    if train_dir and (kind := _folder_kind(train_dir, flag or "--train_dir")):
+        return kind.open(train_dir, split)
 
     from .hugging_face import open_dataset  # the digits need none of it, and start two seconds sooner
 
@@ -98,8 +114,8 @@ def image_splits(
     """
     if dataset_name == DIGITS or not (dataset_name or train_dir):
         return list(DIGITS_SPLITS)
-    if train_dir and _is_idx(train_dir, "--train_dir"):
-        return idx_splits(train_dir)
+    if train_dir and (kind := _folder_kind(train_dir, "--train_dir")):
+        return kind.splits(train_dir)
 
     from .hugging_face import dataset_splits
 
@@ -144,10 +160,11 @@ def folder_patterns(folder: Path) -> dict[str, list[str]]:
     return patterns or {"train": ["**"]}
 
 
-def _is_idx(folder: str | os.PathLike, flag: str) -> bool:
+def _folder_kind(folder: str | os.PathLike, flag: str) -> FolderKind | None:
+    """None where it is a folder of images, which 🤗 Datasets reads."""
     if not Path(folder).is_dir():
         raise ValueError(f"{flag} {folder} is not a folder")
-    return is_idx_folder(folder)
+    return next((kind for kind in FOLDER_KINDS if kind.recognises(folder)), None)
 
 
 def _folder_or_name(
