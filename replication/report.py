@@ -140,7 +140,7 @@ def findings(measured: Sequence[Results]) -> Table:
 def description(scale: Scale, records: Records) -> str:
     """The scale in words, and the compute that it has taken so far."""
     words = (
-        f"[`{scale.recipe.name}`](../benchmarks/replication/{scale.recipe.name}): {scale.views_per_step} masked "
+        f"[`{scale.recipe.name}`](../replication/{scale.recipe.name}): {scale.views_per_step} masked "
         f"views a step, {', '.join(f'{steps:,}' for steps in scale.steps)} steps, a tenth of them warm-up."
     )
     if not records.lines:
