@@ -43,6 +43,7 @@ from mimae.jobs.run_folder import claim_output_dir, clear_output_dir, run_name
 from mimae.jobs.start import limit_cpu_threads, start_logging
 from mimae.training.attention import default_attention
 from mimae.training.checkpoints.store import CheckpointStore
+from mimae.training.observer import TrainingObserver
 from mimae.training.optimization import (
     WarmupCosine,
     WarmupMultiStep,
@@ -61,11 +62,12 @@ DEFAULT_RECIPES = {"misimmim": "digits/misimmim.yaml"}  # of other models, the d
 NUM_PICTURES = 8
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, observer: TrainingObserver | None = None) -> int:
     """Runs one pre-training and returns the exit code.
 
     Args:
         argv: flags; None = the command line.
+        observer: is told what the training does.
 
     Raises:
         ValueError and its kin, before training starts: a flag, recipe, data set or folder that cannot be used.
@@ -126,6 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         save_model=save_model,
         evaluate=partial(evaluation, model, accelerator),
         max_bad_image_fraction=data_args.max_bad_image_fraction,
+        observer=observer,
     )
     if args.resume_from_checkpoint is not None:
         trainer.resume(on_main_process(lambda: checkpoints.resolve(args.resume_from_checkpoint)))

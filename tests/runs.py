@@ -1,6 +1,5 @@
 """Small pre-training runs for tests, in this process or in one of their own."""
 
-import contextlib
 import io
 import json
 import os
@@ -20,7 +19,7 @@ from sklearn.datasets import load_digits
 
 from mimae.flags.recipes import as_argv
 from mimae.run_mim_pretrain import main
-from mimae.training.trainer import Pretrainer
+from mimae.training.observer import TrainingObserver
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "run_mim_pretrain.py"
@@ -55,9 +54,9 @@ def flags(output_dir, model: Mapping[str, Any] = TINY_MODEL, **values) -> list[s
     return ["--use_cpu", "--output_dir", str(output_dir), *as_argv(values)]
 
 
-def pretrain(output_dir, *extra: str, **values) -> int:
+def pretrain(output_dir, *extra: str, observer: TrainingObserver | None = None, **values) -> int:
     """Runs in this process and returns the exit code."""
-    return main([*flags(output_dir, **values), *extra])
+    return main([*flags(output_dir, **values), *extra], observer)
 
 
 def launch(argv: list[str], *, launcher: tuple[str, ...] = (), **environment: str) -> subprocess.Popen:
@@ -73,21 +72,15 @@ def launch(argv: list[str], *, launcher: tuple[str, ...] = (), **environment: st
     )
 
 
-@contextlib.contextmanager
-def signal_after(step: int, signum: int = signal.SIGTERM):
-    """Within, a run in this process is sent a real signal right after this step."""
+class SignalAfter(TrainingObserver):
+    """Sends a run in this process a real signal right after a step."""
 
-    def step_and_signal(trainer, batches):
-        original(trainer, batches)
-        if trainer.progress.step == step:
-            os.kill(os.getpid(), signum)
+    def __init__(self, step: int, signum: int = signal.SIGTERM):
+        self.step, self.signum = step, signum
 
-    original = Pretrainer._step
-    Pretrainer._step = step_and_signal
-    try:
-        yield
-    finally:
-        Pretrainer._step = original
+    def on_step(self, step: int) -> None:
+        if step == self.step:
+            os.kill(os.getpid(), self.signum)
 
 
 def metrics(output_dir) -> list[dict]:

@@ -1,5 +1,6 @@
 """Whole runs: what they learn, what they leave, how they end, and that a resumed run is the run never stopped."""
 
+import contextlib
 import json
 import os
 import signal
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from runs import TINY_SWIN_MODEL, flags, launch, metrics, pretrain, series, signal_after, weights, write_shards
+from runs import TINY_SWIN_MODEL, SignalAfter, flags, launch, metrics, pretrain, series, weights, write_shards
 from transformers import BertConfig
 
 from mimae import MIMAEForPreTraining
@@ -17,7 +18,8 @@ from mimae.jobs.run_folder import OutputDirNotEmptyError, claim_output_dir, clea
 from mimae.training.bad_images import TooManyBadImagesError
 from mimae.training.checkpoints.files import CheckpointError
 from mimae.training.checkpoints.store import verify
-from mimae.training.trainer import NonFiniteError
+from mimae.training.observer import TrainingObserver
+from mimae.training.trainer import NonFiniteError, Pretrainer
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +61,68 @@ def test_every_loss_term_speed_and_gate_are_logged_at_each_step(short_run):
     assert [line["step"] for line in probes] == [0, 13]
 
 
+class Diary(TrainingObserver):
+    """Writes down what it is told, and the pixels of the second step go out dark."""
+
+    def __init__(self):
+        self.entries = []
+
+    def on_pixels(self, step, pixel_values):
+        self.entries.append(("pixels", step))
+        return torch.zeros_like(pixel_values) if step == 2 else pixel_values
+
+    def on_forward(self, step, batch, output):
+        self.entries.append(("forward", step, len(batch["index"])))
+
+    def on_gradients(self, step, model):
+        self.entries.append(("gradients", step))
+        self.before = [p.detach().clone() for p in model.parameters()]
+        assert any(p.grad is not None and p.grad.any() for p in model.parameters())
+
+    def on_update(self, step, model):
+        changed = any(not torch.equal(p, old) for p, old in zip(model.parameters(), self.before, strict=True))
+        self.entries.append(("update", step, changed))
+
+    def on_step(self, step):
+        self.entries.append(("step", step))
+
+    @contextlib.contextmanager
+    def saving(self, step):
+        self.entries.append(("saving", step))
+        yield
+        self.entries.append(("saved", step))
+
+
+def test_an_observer_is_told_of_each_pass_update_and_save_in_order_and_may_change_the_pixels(tmp_path):
+    diary = Diary()
+    settings = {"max_train_steps": 2, "gradient_accumulation_steps": 2, "checkpointing_steps": 2, "warmup_epochs": 0}
+    assert pretrain(tmp_path / "run", observer=diary, norm_pix_loss=False, **settings) == 0
+    forward = [[("pixels", step), ("forward", step, 256)] * 2 for step in (1, 2)]
+    updates = [[("gradients", step), ("update", step, True), ("step", step)] for step in (1, 2)]
+    expected = [*forward[0], *updates[0], *forward[1], *updates[1], ("saving", 2), ("saved", 2)]
+    assert diary.entries == expected
+    # dark images are easily predicted
+    assert (
+        series(tmp_path / "run", "reconstruction_loss")[2] < 0.5 * series(tmp_path / "run", "reconstruction_loss")[1]
+    )
+
+
+def test_all_state_of_a_trainer_is_born_in_its_constructor(tmp_path, monkeypatch):
+    born, made = {}, []
+
+    def remembering(trainer):
+        parts = (trainer, trainer.metrics, trainer.bad_images, trainer._stop_request, trainer.meter)
+        born.update({part: set(vars(part)) for part in parts})
+        made.append(trainer)
+        train(trainer)
+
+    train = Pretrainer.train
+    monkeypatch.setattr(Pretrainer, "train", remembering)
+    assert pretrain(tmp_path / "run", max_train_steps=2) == 0
+    assert made[0].progress.step == 2
+    assert {part: set(vars(part)) for part in born} == born
+
+
 def test_a_digits_run_lowers_reconstruction_and_opens_the_gate_at_the_default_threshold(tmp_path, capsys):
     size = {"patch_size": 2, "hidden_size": 48, "num_hidden_layers": 2, "intermediate_size": 192}
     size |= {"decoder_hidden_size": 48, "decoder_intermediate_size": 192}  # 64 patches, as in the demo
@@ -88,8 +152,7 @@ def test_a_run_stopped_by_sigterm_mid_epoch_and_resumed_equals_one_never_stopped
     data |= {"max_train_steps": 16, "per_device_train_batch_size": 200}
     assert pretrain(tmp_path / "whole", **data) == 0
 
-    with signal_after(step=6):  # of 8 an epoch
-        assert pretrain(tmp_path / "parts", **data) == 128 + signal.SIGTERM
+    assert pretrain(tmp_path / "parts", **data, observer=SignalAfter(6)) == 128 + signal.SIGTERM  # of 8 an epoch
     assert (tmp_path / "parts" / "checkpoint-6").exists()
     assert pretrain(tmp_path / "parts", "--resume_from_checkpoint", "latest", **data) == 0
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
@@ -99,8 +162,8 @@ def test_a_swin_stopped_and_resumed_beyond_its_milestone_equals_one_never_stoppe
     settings = {"lr_scheduler_type": "multistep", "lr_milestone_epochs": [2], "warmup_epochs": 1, "max_grad_norm": 5}
     settings |= {"warmup_learning_rate": 1e-5, "crop_interpolation": "bilinear", "mi_gate_threshold": 2.0}
     assert pretrain(tmp_path / "whole", model=TINY_SWIN_MODEL, **settings) == 0
-    with signal_after(step=7):
-        assert pretrain(tmp_path / "parts", model=TINY_SWIN_MODEL, **settings) == 128 + signal.SIGTERM
+    code = pretrain(tmp_path / "parts", model=TINY_SWIN_MODEL, **settings, observer=SignalAfter(7))
+    assert code == 128 + signal.SIGTERM
     assert pretrain(tmp_path / "parts", "--resume_from_checkpoint", "latest", model=TINY_SWIN_MODEL, **settings) == 0
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
@@ -154,8 +217,8 @@ def test_going_back_to_an_older_checkpoint_drops_the_later_ones_and_mixes_no_run
     assert pretrain(tmp_path / "run", **settings) == 0
     first = weights(tmp_path / "run"), series(tmp_path / "run", "loss")
     older = str(tmp_path / "run" / "checkpoint-2")
-    with signal_after(step=3):
-        assert pretrain(tmp_path / "run", "--resume_from_checkpoint", older, **settings) == 128 + signal.SIGTERM
+    code = pretrain(tmp_path / "run", "--resume_from_checkpoint", older, **settings, observer=SignalAfter(3))
+    assert code == 128 + signal.SIGTERM
     assert sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3"]
     assert pretrain(tmp_path / "run", "--resume_from_checkpoint", "latest", **settings) == 0
     assert series(tmp_path / "run", "loss") == first[1]  # also where the stop cut a window of the log
@@ -211,8 +274,7 @@ def test_bad_images_are_skipped_named_and_counted(tmp_path):
     assert metrics(tmp_path / "run")[-1].get("bad_images", 2) == 2
 
     # a stop between two lines of the log forgets none
-    with signal_after(step=5):
-        pretrain(tmp_path / "stopped", **settings | {"logging_steps": 1000})
+    pretrain(tmp_path / "stopped", **settings | {"logging_steps": 1000}, observer=SignalAfter(5))
     assert (tmp_path / "stopped" / "bad_images.jsonl").read_text().count("\n") == 2
 
     with pytest.raises(TooManyBadImagesError, match=r"2 of 300 images"):

@@ -23,27 +23,28 @@ class BadImageLog:
         path: the file; a resumed run goes on in it.
         num_images: size of the data set.
         max_fraction: of it, above which the run stops.
-        known: which of the reported images a resumed run has met; None: all.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        accelerator: Accelerator,
-        *,
-        num_images: int,
-        max_fraction: float,
-        known: list[int] | None = None,
-    ):
+    def __init__(self, path: Path, accelerator: Accelerator, *, num_images: int, max_fraction: float):
         self._path, self._accelerator = path, accelerator
         self._num_images, self._max_fraction = num_images, max_fraction
         self._pending: list[dict[str, Any]] = []
-        if accelerator.is_main_process:
-            met = None if known is None else set(known)
-            # a kill may have cut the last line; what was met after the checkpoint will be met again
-            keep_jsonl(path, lambda report: "index" in report and (met is None or report["index"] in met))
-        accelerator.wait_for_everyone()
-        self._known = {report["index"] for report in read_jsonl(path)}
+        self._known: set[int] = set()
+        self._keeps_all = False
+
+    def resume(self, known: list[int] | None) -> None:
+        """Of the images that the file reports, the run has met those `known`, by their indices; None: all."""
+        self._known, self._keeps_all = set(known or ()), known is None
+
+    def begin(self) -> None:
+        """Opens the file, less what is not known: what was met after a checkpoint will be met again. Collective."""
+        if self._accelerator.is_main_process:
+            # a kill may have cut the last line
+            keep_jsonl(
+                self._path, lambda report: "index" in report and (self._keeps_all or report["index"] in self._known)
+            )
+        self._accelerator.wait_for_everyone()
+        self._known = {report["index"] for report in read_jsonl(self._path)}
 
     def add(self, reports: list[dict[str, Any]]) -> None:
         """Reports of one batch of this process; usually none."""

@@ -12,6 +12,8 @@ from .jsonl import append_jsonl, keep_jsonl, read_jsonl
 
 logger = logging.getLogger(__name__)
 
+METRICS_FILE = "metrics.jsonl"
+
 # fields of a model's output that are scalars; every model of this project has them
 OUTPUT_SCALARS = (
     "loss",
@@ -105,17 +107,21 @@ class MetricLog:
     """`metrics.jsonl`, the trackers and the progress bar; only the main process writes.
 
     Args:
-        path: the file; on a resume its lines after `step` are dropped, since those steps are run again.
-        total_steps: of the run, for the bar; `step` are done.
+        path: the file.
+        total_steps: of the run, for the bar.
     """
 
-    def __init__(self, path: Path, accelerator: Accelerator, *, step: int, total_steps: int):
+    def __init__(self, path: Path, accelerator: Accelerator, *, total_steps: int):
         self._path, self._accelerator, self._total_steps = path, accelerator, total_steps
-        if accelerator.is_main_process:
-            keep_jsonl(path, lambda line: line.get("step", 0) <= step)
+        self._bar = tqdm(disable=True)
+
+    def begin(self, step: int) -> None:
+        """Goes on after this step: the file's later lines are dropped, since those steps are run again."""
+        if self._accelerator.is_main_process:
+            keep_jsonl(self._path, lambda line: line.get("step", 0) <= step)
         # None: no bar where nobody watches, as in a cluster's log file; lines are logged there instead
-        disable = None if accelerator.is_main_process else True
-        self._bar = tqdm(total=total_steps, initial=step, unit="step", disable=disable, smoothing=0.05)
+        disable = None if self._accelerator.is_main_process else True
+        self._bar = tqdm(total=self._total_steps, initial=step, unit="step", disable=disable, smoothing=0.05)
 
     def write(self, step: int, metrics: dict[str, float | None]) -> None:
         """One line; values that are None or not finite become null, as JSON has no NaN."""
@@ -156,6 +162,3 @@ class MetricLog:
     def close(self) -> None:
         """Ends the bar."""
         self._bar.close()
-
-
-METRICS_FILE = "metrics.jsonl"

@@ -3,6 +3,7 @@
 import contextlib
 import signal
 from collections.abc import Iterator
+from typing import Any
 
 from .processes import Agreement
 
@@ -27,6 +28,7 @@ class StopRequest:
     def __init__(self, agreement: Agreement):
         self._signum, self._agreement = 0, agreement
         self._ends_waits = False
+        self._previous: dict[signal.Signals, Any] = {}  # handlers, to be put back
 
     def __enter__(self) -> "StopRequest":
         self._previous = {s: signal.signal(s, self._remember) for s in STOP_SIGNALS}

@@ -31,7 +31,8 @@ from .checkpoints.state import (
     set_random_state,
 )
 from .checkpoints.store import CheckpointStore
-from .metrics import OUTPUT_SCALARS, MetricLog, StepMeter
+from .metrics import METRICS_FILE, OUTPUT_SCALARS, MetricLog, StepMeter
+from .observer import TrainingObserver
 from .optimization import WarmupSchedule, clip_gradients, parameter_names
 from .processes import Agreement
 from .signals import RunStopped, StopRequest, WaitEnded
@@ -85,6 +86,7 @@ class Pretrainer:
         save_model: writes model, configuration and preprocessing into a folder.
         evaluate: called with the step, on all processes; returns metrics on the main one.
         max_bad_image_fraction: of the data set.
+        observer: is told what happens.
     """
 
     def __init__(
@@ -106,6 +108,7 @@ class Pretrainer:
         save_model: Callable[[Path], None],
         evaluate: Callable[[int], dict[str, float]],
         max_bad_image_fraction: float,
+        observer: TrainingObserver | None = None,
     ):
         self.accelerator, self.loader, self.normalize = accelerator, loader, normalize
         self.schedule = schedule
@@ -122,11 +125,19 @@ class Pretrainer:
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.buffers = list(model.buffers())
 
-        self._agreement = Agreement()
+        self.observer = observer or TrainingObserver()
         self.progress = Progress()
-        self.known_bad_images: list[int] | None = []
-        self.max_bad_image_fraction = max_bad_image_fraction
         self.meter = StepMeter(accelerator.device)
+        self.metrics = MetricLog(output_dir / METRICS_FILE, accelerator, total_steps=schedule.total_steps)
+        self.bad_images = BadImageLog(
+            output_dir / "bad_images.jsonl",
+            accelerator,
+            num_images=len(loader.source),
+            max_fraction=max_bad_image_fraction,
+        )
+        self._agreement = Agreement()
+        self._stop_request = StopRequest(self._agreement)
+        self._last_log = (time.perf_counter(), 0)  # when, and after which step
 
     def train(self) -> None:
         """Runs to the schedule's last step, from wherever `resume` has put it, and saves at the end.
@@ -137,25 +148,14 @@ class Pretrainer:
             TooManyBadImagesError: a checkpoint is saved.
             BatchError: on all processes; a checkpoint of the last whole step is saved, if there was one.
         """
-        self.metrics = MetricLog(
-            self.output_dir / "metrics.jsonl",
-            self.accelerator,
-            step=self.progress.step,
-            total_steps=self.schedule.total_steps,
-        )
-        self.bad_images = BadImageLog(
-            self.output_dir / "bad_images.jsonl",
-            self.accelerator,
-            num_images=len(self.loader.source),
-            max_fraction=self.max_bad_image_fraction,
-            known=self.known_bad_images,
-        )
+        self.metrics.begin(self.progress.step)
+        self.bad_images.begin()
         batches = self.loader.batches(self.progress.epoch, self.progress.position)
         if left_out := self.loader.num_samples - self.loader.samples_used:
             logger.info("%d images of each epoch, others in each, are left out: they do not fill a step", left_out)
         self.model.train()
         try:
-            with StopRequest(self._agreement) as self._stop_request:
+            with self._stop_request:
                 if self._owes_evaluation():
                     self._evaluate()
                 self._run_steps(batches)
@@ -207,6 +207,7 @@ class Pretrainer:
         if self.progress.position >= self.loader.samples_used:
             self.progress.epoch, self.progress.position = self.progress.epoch + 1, 0
         self.metrics.advance()
+        self.observer.on_step(self.progress.step)
 
     def _next(self, batches: Iterator[dict[str, Any]]) -> dict[str, Any]:
         """The next batch, if every process has got its own: none may wait for another's gradient in vain."""
@@ -245,13 +246,17 @@ class Pretrainer:
         """The output's scalars, detached, in `OUTPUT_SCALARS`' order."""
         device = self.accelerator.device
         pixel_values = self.normalize(batch["pixel_values"].to(device, non_blocking=True))
+        pixel_values = self.observer.on_pixels(self.progress.step + 1, pixel_values)
         output = self.model(pixel_values, noise=batch["noise"].to(device, non_blocking=True), return_logits=False)
         self.accelerator.backward(output.loss / self.gradient_accumulation_steps)
+        self.observer.on_forward(self.progress.step + 1, batch, output)
         return torch.stack([output[name].detach().float() for name in OUTPUT_SCALARS])
 
     def _update(self, scalars: torch.Tensor) -> None:
         """One optimiser step, or none where the gradient is not finite: decided on the device, from the reduced
         gradient, and so by all processes alike."""
+        step = self.progress.step + 1
+        self.observer.on_gradients(step, self.unwrapped)
         for group in self.optimizer.param_groups:
             group["lr"] = self.schedule(self.progress.step)
         if self.accelerator.scaler is not None:
@@ -263,7 +268,8 @@ class Pretrainer:
             self.optimizer.optimizer.found_inf = (~is_finite).float()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.meter.update(self.progress.step + 1, scalars, grad_norm, is_finite)
+        self.meter.update(step, scalars, grad_norm, is_finite)
+        self.observer.on_update(step, self.unwrapped)
 
     def _after_step(self) -> None:
         step = self.progress.step
@@ -323,7 +329,8 @@ class Pretrainer:
         failure = None
         if self.accelerator.is_main_process:
             try:
-                path = self.checkpoints.save(self.progress.step, lambda folder: self._write(folder, states))
+                with self.observer.saving(self.progress.step):
+                    path = self.checkpoints.save(self.progress.step, lambda folder: self._write(folder, states))
                 logger.info("saved %s", path)
             except CheckpointError as error:
                 failure = error
@@ -360,7 +367,7 @@ class Pretrainer:
         self.meter.load_state(state["meter"])
         if self.accelerator.scaler is not None and state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
-        self.known_bad_images = state.get("bad_images")  # older checkpoints have none
+        self.bad_images.resume(state.get("bad_images"))  # older checkpoints have none
         self._resume_process(load_process_states(checkpoint))
         logger.info("resumed from %s: %s", checkpoint, self.progress)
 

@@ -6,6 +6,7 @@ A line of JSON is appended to `folder/<rank>.jsonl` for each forward pass and ea
 written at once: what a kill leaves is what was done before it.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -13,20 +14,18 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
-from functools import wraps
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
 from mimae.data.sources import remote
 from mimae.run_mim_pretrain import main
-from mimae.training.checkpoints.store import CheckpointStore
-from mimae.training.metrics import OUTPUT_SCALARS
-from mimae.training.trainer import Pretrainer
+from mimae.training.observer import TrainingObserver
 
 FILE_OPERATIONS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "shutil.rmtree"}
 
@@ -81,74 +80,9 @@ class Recorder:
         os.write(self._descriptor, f"{json.dumps(line)}\n".encode())
 
 
-def record_steps(recorder: Recorder) -> None:
-    """Makes the trainer of this process tell the recorder what it sees, and the loss it finds."""
-    forward_backward = Pretrainer._forward_backward
-
-    @wraps(forward_backward)
-    def recorded(trainer: Pretrainer, batch: dict[str, Any]) -> torch.Tensor:
-        scalars = forward_backward(trainer, batch)
-        recorder.write(
-            step=trainer.progress.step + 1,
-            epoch=int(batch["epoch"][0]),
-            index=batch["index"].tolist(),
-            noise=[digest(each) for each in batch["noise"]],
-            pixels=[digest(each) for each in batch["pixel_values"]],
-            reconstruction_loss=float(scalars[OUTPUT_SCALARS.index("reconstruction_loss")]),
-        )
-        return scalars
-
-    Pretrainer._forward_backward = recorded
-
-
 def digest(tensor: torch.Tensor) -> str:
     """Twelve digits that tell it from others."""
     return hashlib.sha256(tensor.cpu().numpy().tobytes()).hexdigest()[:12]
-
-
-def scale_pixels(scaling: Scaling, rank: int) -> None:
-    """Gives the model of this process the pixels that are asked for."""
-    forward_backward = Pretrainer._forward_backward
-
-    @wraps(forward_backward)
-    def scaled(trainer: Pretrainer, batch: dict[str, Any]) -> torch.Tensor:
-        normalize, first = trainer.normalize, max(0, scaling.first_image - rank * len(batch["index"]))
-
-        def normalize_and_scale(images: torch.Tensor) -> torch.Tensor:
-            images = normalize(images)
-            images[first:] *= scaling.factor
-            return images
-
-        if scaling.steps is None or trainer.progress.step + 1 in scaling.steps:
-            trainer.normalize = normalize_and_scale
-        try:
-            return forward_backward(trainer, batch)
-        finally:
-            trainer.normalize = normalize
-
-    Pretrainer._forward_backward = scaled
-
-
-def record_updates(recorder: Recorder, gradients: bool) -> None:
-    """Makes the trainer of this process tell the recorder the weights after each step.
-
-    Args:
-        gradients: whether to write the gradient of every step, as the optimiser gets it, to
-            `gradient-<rank>-<step>.safetensors` beside the record.
-    """
-    update = Pretrainer._update
-
-    @wraps(update)
-    def recorded(trainer: Pretrainer, scalars: torch.Tensor) -> None:
-        step, parameters = trainer.progress.step + 1, dict(trainer.unwrapped.named_parameters())
-        if gradients:
-            gradient = {name: p.grad.clone() for name, p in parameters.items() if p.grad is not None}
-            save_file(gradient, recorder.folder / f"gradient-{recorder.rank}-{step}.safetensors")
-        update(trainer, scalars)
-        weights = torch.cat([parameter.detach().flatten() for parameter in parameters.values()])
-        recorder.write(updated=step, weights=digest(weights))
-
-    Pretrainer._update = recorded
 
 
 class SaveWatch:
@@ -187,19 +121,59 @@ class SaveWatch:
         self._most_operations = max(self._most_operations, self._operations)
 
 
-def record_saves(recorder: Recorder, death: DeathInSave | None) -> None:
-    """Makes the checkpoints of this process tell the recorder when each begins and ends."""
-    save, watch = CheckpointStore.save, SaveWatch(death)
+class RecordingObserver(TrainingObserver):
+    """Tells a recorder what each step saw, found and made of the weights, and each save; with trouble if asked.
 
-    @wraps(save)
-    def recorded(store: CheckpointStore, step: int, write: Callable[[Path], None]) -> Path:
-        recorder.write(saving=step)
-        with watch:
-            folder = save(store, step, write)
-        recorder.write(saved=step, seconds=watch.seconds)
-        return folder
+    Args:
+        gradients: whether to write the gradient of every step, as the optimiser gets it, to
+            `gradient-<rank>-<step>.safetensors` beside the record.
+        scaling: of the pixels that the model of this process is given.
+        death: in a save.
+    """
 
-    CheckpointStore.save = recorded
+    def __init__(self, recorder: Recorder, gradients: bool, scaling: Scaling | None, death: DeathInSave | None):
+        self._recorder, self._gradients, self._scaling = recorder, gradients, scaling
+        self._watch = SaveWatch(death)
+
+    def on_pixels(self, step: int, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Scales them."""
+        scaling = self._scaling
+        if scaling is not None and (scaling.steps is None or step in scaling.steps):
+            first = max(0, scaling.first_image - self._recorder.rank * len(pixel_values))
+            pixel_values[first:] *= scaling.factor
+        return pixel_values
+
+    def on_forward(self, step: int, batch: dict[str, Any], output: Any) -> None:
+        """Records what was seen, and the loss."""
+        self._recorder.write(
+            step=step,
+            epoch=int(batch["epoch"][0]),
+            index=batch["index"].tolist(),
+            noise=[digest(each) for each in batch["noise"]],
+            pixels=[digest(each) for each in batch["pixel_values"]],
+            reconstruction_loss=float(output.reconstruction_loss),
+        )
+
+    def on_gradients(self, step: int, model: nn.Module) -> None:
+        """Keeps them, if asked."""
+        if self._gradients:
+            parameters = model.named_parameters()
+            gradients = {name: p.grad.clone() for name, p in parameters if p.grad is not None}
+            name = f"gradient-{self._recorder.rank}-{step}.safetensors"
+            save_file(gradients, self._recorder.folder / name)
+
+    def on_update(self, step: int, model: nn.Module) -> None:
+        """Records the weights."""
+        weights = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+        self._recorder.write(updated=step, weights=digest(weights))
+
+    @contextlib.contextmanager
+    def saving(self, step: int) -> Iterator[None]:
+        """Records when a save begins and ends."""
+        self._recorder.write(saving=step)
+        with self._watch:
+            yield
+        self._recorder.write(saved=step, seconds=self._watch.seconds)
 
 
 def die_after(seconds: float) -> None:
@@ -228,14 +202,15 @@ def run(options: dict[str, Any], argv: Sequence[str]) -> int:
     """
     recorder = Recorder(Path(options["folder"]), options["start"], int(os.environ.get("RANK", "0")))
     recorder.write(pid=os.getpid())
-    record_steps(recorder)
-    record_updates(recorder, options["gradients"])
-    record_saves(recorder, DeathInSave(**options["death"]) if options.get("death") else None)
-    if options.get("scaling"):
-        scale_pixels(Scaling(**options["scaling"]), recorder.rank)
+    observer = RecordingObserver(
+        recorder,
+        gradients=options["gradients"],
+        scaling=Scaling(**options["scaling"]) if options.get("scaling") else None,
+        death=DeathInSave(**options["death"]) if options.get("death") else None,
+    )
     if options.get("impatience"):
         shorten_waits(Impatience(**options["impatience"]))
-    return main(argv)
+    return main(argv, observer)
 
 
 if __name__ == "__main__":
