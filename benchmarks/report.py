@@ -9,11 +9,11 @@ from .measurement import Bar, Table, markdown_table
 
 HEAD = """# Performance
 
-What `make bench` has measured; the program writes this page from the records in [`performance/`](performance), and
-`python -m mimae.benchmarks NAME` puts new ones in the place of the older ones of the same kind of device. Contestants
-take turns within one run; figures are medians, ratios are medians over the rounds (in tables of steps, of medians).
-Absolute times of a CPU that other work shares say little, ratios hold. Why bars are not met, and what
-was tried for speed, stands at the end.
+What `make bench` has measured. The program writes this page from the records in [`performance/`](performance);
+`python -m mimae.benchmarks NAME` replaces the records of one benchmark for the same kind of device. Contestants take
+turns within one run. Figures are medians; ratios are medians over the rounds (in tables of steps: ratios of medians).
+On a CPU shared with other work, absolute times mean little, but ratios hold. The end of the page explains the bars
+that are not met and what was tried for speed.
 """
 MEASURED_ON = "measured on"
 NOTES = "notes.md"  # kept by hand

@@ -17,11 +17,11 @@ OUTCOMES, PAGE = DOCS / "reliability.json", DOCS / "reliability.md"
 NOT_MEASURED = "not measured"
 HEAD = """# Reliability
 
-What `make drills` did to real runs of `run_mim_pretrain.py`, and what came of it. The program writes this page;
-`python -m mimae.drills NAME` does one drill again and puts its row in the place of the older one. A run is *equal* if
-the samples, crops and noise of every step and the bits of the final weights are those of the run that nothing happened
-to (CPU, one thread, float32, the same number of processes; the model is that of
-[`drills/apparatus/tiny.yaml`](../drills/apparatus/tiny.yaml), on scikit-learn's digits, unless a row says otherwise).
+What `make drills` does to real runs of `run_mim_pretrain.py`, and the outcome. The program writes this page;
+`python -m mimae.drills NAME` repeats one drill and replaces its row. A run is *equal* if the samples, crops and noise
+of every step and the bits of the final weights are those of an undisturbed run. Unless a row says otherwise, runs are
+on a CPU with one thread, in float32 and with the same number of processes, and train the model of
+[`drills/apparatus/tiny.yaml`](../drills/apparatus/tiny.yaml) on scikit-learn's digits.
 """
 
 Row = dict[str, Any]

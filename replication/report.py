@@ -34,29 +34,29 @@ DIAGNOSTICS = {
     "gate_opened_at": "gate open at step",
 }
 OF_INFORMATION_TERMS = ("mi_max_loss", "mi_min_loss", "gate_opened_at")
-HEAD = f"""# Does it work? A replication in small
+HEAD = f"""# Does it work? A small-scale replication
 
-What `make replicate` has measured; the program writes this page from the records in [`replication/`](replication).
+What `make replicate` has measured. The program writes this page from the records in [`replication/`](replication).
 All arms of a scale see the same number of masked views in the same number of optimiser steps, with the same learning
-rate, warm-up and weight decay: with one mask a step has four times the images of a step with four, as in the paper.
+rate, warm-up and weight decay: a step with one mask has four times as many images as one with four, as in the paper.
 No seed was dropped.
 
 - **Images**: Fashion-MNIST, 60,000 to train on, {TEST_IMAGES:,} to test on, at 32 px; 64 patches of 4 px.
 - **k-NN** (k = 20, mean of the patches) and **linear** (logistic regression on the mean of the patches or on the
-  class token) are fitted on the frozen features of {PROBE_IMAGES:,} training images. **Fine-tuned** is the whole
+  class token) are fitted on the frozen features of {PROBE_IMAGES:,} training images. **Fine-tuned** means the whole
   model, on 1 % of the images (60 of each class) or on all. **Corrupted** is the mean accuracy of the latter under
-  five corruptions at five severities. All in percent of the test images.
+  five corruptions at five severities. All are accuracies on the test images, in percent.
 - **Figures** are mean ± standard deviation over n seeds. Differences, in points, are paired by seed; in brackets is
-  the 95 % interval of Student's t, which is wide for three seeds. *Holds* and *does not hold*: the interval lies on
-  the paper's side of 0, or on the other; *not resolved*: 0 is in it. Where the paper claims nothing it is *higher* or
-  *lower*. Of so many intervals, one in twenty misses by chance. The paper's ablations (Table 3) fine-tune the models;
-  here they are probed.
-- **Diagnostics**: L_rec, alignment and uniformity (Wang and Isola 2020) of {MASKED_IMAGES:,} test images under the
-  same masks for all arms of a kind; RankMe (Garrido et al. 2023) of the test images' mean features; L_max and L_min
-  as last logged in training.
+  the 95 % interval of Student's t, which is wide for three seeds. *Holds*: the interval lies on the paper's side of 0;
+  *does not hold*: on the other side; *not resolved*: it contains 0. Where the paper claims nothing, the words are
+  *higher* and *lower*. Of so many intervals, one in twenty misses by chance. The paper's ablations (Table 3) fine-tune
+  the models; here they are probed.
+- **Diagnostics**: L_rec, alignment and uniformity (Wang and Isola 2020) on {MASKED_IMAGES:,} test images, with the
+  same masks for all arms of one kind; RankMe (Garrido et al. 2023) on the mean features of the test images; L_max and
+  L_min as last logged in training.
 
 ```bash
-make replicate                                         # what is not done yet; end it and begin again as you like
+make replicate                              # runs what is not done yet; can be stopped and started again at any time
 python -m mimae.replication --list          # the plan, what is done, and the time that is left
 python -m mimae.replication --again mi-mae  # one run with a new seed, beside its prediction interval
 ```
