@@ -1,1 +1,1 @@
-"""From bytes to batches: where images are, what an image is, in which order and how they come."""
+"""From bytes to batches: sources of images, decoding and augmentation, the order of samples, loaders."""

@@ -1,12 +1,11 @@
-"""A small real data set for detection and segmentation, composed here: garments or digits before photographs.
+"""A small data set for detection and segmentation, composed here: garments or digits in front of photographs.
 
     python -m mimae.data.scenes --output_dir scenes --sprites /usr/share/datasets/fashion-mnist
 
 Each scene has a few sprites, Fashion-MNIST's garments from a folder of its IDX files or else scikit-learn's digits,
-enlarged, darkened, one before another, on a crop of the two photographs that scikit-learn ships, grey and out of
-focus. What is real is the sprites, the photographs and the occlusion; where things stand, and in what light, is drawn
-at random. It is a set to see that training works, and to compare with itself: a figure on it says nothing of COCO or
-ADE20K.
+enlarged, darkened and overlapping, on a crop of the two photographs that scikit-learn ships, grey and out of focus.
+Sprites, photographs and occlusion are real; positions and lighting are drawn at random. The set serves to see that
+training works, and for comparisons within it: figures on it say nothing about COCO or ADE20K.
 
 Training scenes have the sprites of the training split on the left two thirds of the photographs; other scenes have
 held-out sprites, on the right third. The layout is the one that `run_semantic_segmentation.py` and
@@ -14,7 +13,7 @@ held-out sprites, on the right third. The layout is the one that `run_semantic_s
 
     images/SPLIT/000000.jpg
     masks/SPLIT/000000.png                     class of each pixel, 0 = background
-    annotations/instances_SPLIT.json           COCO: boxes and run-length encoded masks of what can be seen
+    annotations/instances_SPLIT.json           COCO: boxes and run-length encoded masks of the visible parts
 
 Shapes: S side of a scene; s side of a sprite in it.
 """
@@ -39,10 +38,10 @@ HELD_OUT = "validation"
 MOST_OBJECTS = 3
 SPRITE_SIZES = (0.35, 0.75)  # of the scene's side
 BRIGHTNESS = (0.5, 1.0)  # that a sprite is multiplied by
-BACKGROUND_BLUR = 1 / 32  # of the scene's side: a small model shall spend itself on the objects
+BACKGROUND_BLUR = 1 / 32  # of the scene's side: a small model should spend its capacity on the objects
 LEAST_VISIBLE = 0.5  # part of an object that others leave uncovered
 PLACES_TRIED = 10
-FOREGROUND = 24  # grey value from which a sprite's pixel is no background
+FOREGROUND = 24  # grey value from which on a sprite's pixel belongs to the object
 JPEG_QUALITY = 95
 
 
@@ -54,7 +53,7 @@ class Object(NamedTuple):
     num_pixels: int
 
     def behind(self, shape: np.ndarray) -> "Object":
-        """The same with another sprite of this shape before it."""
+        """The same with another sprite of this shape in front of it."""
         return self._replace(visible=self.visible & ~shape)
 
     def is_recognisable(self) -> bool:
@@ -69,8 +68,8 @@ class SceneComposer:
         sprites: grey images of one object each on black, with labels.
         backgrounds: RGB photographs, uint8 (H, W, 3).
         scene_size: S, pixels.
-        seed: what everything random follows from, together with
-        stream: the number of the split, and the scene's index.
+        seed: all that is random follows from it, from `stream` and from the scene's index.
+        stream: the number of the split.
     """
 
     def __init__(
@@ -119,7 +118,7 @@ class SceneComposer:
 
 
 def photographs(held_out: bool) -> list[np.ndarray]:
-    """The part of scikit-learn's photographs that training scenes, or the held-out ones, stand before."""
+    """The part of scikit-learn's photographs that is the background of training scenes, or of held-out ones."""
     cuts = [(image, 2 * image.shape[1] // 3) for image in load_sample_images().images]
     return [image[:, cut:] if held_out else image[:, :cut] for image, cut in cuts]
 
@@ -182,7 +181,7 @@ def run_lengths(mask: np.ndarray) -> list[int]:
 
 
 def refuse_used_folder(folder: Path) -> None:
-    """Raises a ValueError where a set lies already: two of them would be read as one."""
+    """Raises a ValueError if the folder already holds a set: two of them would be read as one."""
     if used := [kind for kind in ("images", "masks", "annotations") if (folder / kind).exists()]:
         raise ValueError(f"{folder} holds {', '.join(used)} already: take another --output_dir, or remove it")
 
@@ -191,7 +190,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Composes the splits that the flags ask for.
 
     Raises:
-        ValueError: a folder that holds a set; sprites that are not there; not one name for each class.
+        ValueError: a folder that holds a set; missing sprites; names that are not one for each class.
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True)

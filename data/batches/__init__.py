@@ -1,1 +1,1 @@
-"""In which order images come, and how they become batches."""
+"""Loaders: samples in their order, made into batches."""

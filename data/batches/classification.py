@@ -25,7 +25,7 @@ IGNORED_LABEL = -100  # losses and metrics leave it out
 
 
 class ClassificationLoader(TrainingLoader):
-    """Augmented, mixed and labelled batches; how a batch is mixed is a function of (seed, epoch), too, and of B.
+    """Augmented, mixed and labelled batches; the mixing, too, is a function of (seed, epoch), and of B.
 
     Args:
         source: an `ImageSource` with labels.
@@ -64,9 +64,8 @@ class ClassificationEvaluationLoader(SupervisedLoader):
     """Every image once, in order.
 
     All processes get the same number of batches, all of one size: global batch b is rows b G to (b + 1) G, and process
-    r takes rows r B to (r + 1) B of it, so that what is gathered stands in the order of the source. Past the last
-    image, and in the place of an image that cannot be decoded, stands a black one with label -100. Labels are int64
-    (B,).
+    r takes rows r B to (r + 1) B of it, so that gathered results are in the source's order. Beyond the last image,
+    and for images that cannot be decoded, batches hold black images with label -100. Labels are int64 (B,).
 
     Args:
         source, transform, num_channels, label_map, num_processes, process_index, num_workers, pin_memory: as for
@@ -101,7 +100,7 @@ class ClassificationEvaluationLoader(SupervisedLoader):
 
 
 class LabelledSample(NamedTuple):
-    """One image of a training batch, and what its batch is mixed by."""
+    """One image of a training batch, and what the mixing of its batch depends on."""
 
     pixel_values: torch.Tensor  # float32 (C, h, w)
     label: int

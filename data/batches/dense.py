@@ -29,7 +29,7 @@ class DenseSample(NamedTuple):
 
 
 class DenseLoader(TrainingLoader):
-    """Augmented batches, dicts of "pixel_values" float32 (B, C, h, w) and "labels", for a model as they are.
+    """Augmented batches: dicts of "pixel_values" float32 (B, C, h, w) and "labels", which a model takes as they are.
 
     Labels are int64 (B, h, w) where targets are masks of classes, else the list of the targets.
 

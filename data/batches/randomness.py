@@ -1,4 +1,4 @@
-"""The default generators of torch, Python and numpy, which augmentations of libraries draw from."""
+"""The default generators of torch, Python and numpy, which libraries' augmentations draw from."""
 
 import random
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ import torch
 
 @contextmanager
 def random_state_kept() -> Iterator[None]:
-    """Whatever is seeded or drawn within, the caller's random numbers (on the CPU) stay where they were."""
+    """A context in which seeding and drawing leave the caller's random state (on the CPU) unchanged."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(devices=[]):

@@ -23,7 +23,7 @@ IMAGES_NAMED = 10
 
 
 class SupervisedLoader(DataLoader):
-    """Leaves the caller's random numbers alone, and names the images that could not be decoded after an epoch.
+    """Leaves the caller's random state alone, and after each epoch names the images that could not be decoded.
 
     Args:
         samples: with `bad_images`, the `BadImages` that it has met.
@@ -56,9 +56,9 @@ class TrainingLoader(SupervisedLoader):
     `accelerate.skip_first_batches`, which here reads nothing of what it skips.
 
     Args:
-        source: an `RowSource` with targets.
-        make_samples: from the plan of this process's batches, the samples that batches are made of.
-        collate: of a list of samples, the batch.
+        source: a `RowSource` with targets.
+        make_samples: makes, from the plan of this process's batches, the samples that batches consist of.
+        collate: makes a batch of a list of samples.
         per_device_batch_size: B.
         num_processes, process_index: of the distributed run.
         seed: of the order.

@@ -1,1 +1,1 @@
-"""What an image is: decoded, normalised, cropped and augmented."""
+"""Images: decoding, normalisation, crops and augmentation."""

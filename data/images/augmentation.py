@@ -1,8 +1,8 @@
-"""What supervised training does to images and labels: crops, RandAugment, random erasing, mixup, CutMix.
+"""Augmentation for supervised training: crops, RandAugment, random erasing, mixup, CutMix.
 
 Shapes: B images, K classes, C channels, h, w the model's image size.
 
-The transforms take uint8 (C, H, W) and give what the model takes, float32 (C, h, w), normalised. They and the mixing
+The transforms take uint8 (C, H, W) and return the model's input, float32 (C, h, w), normalised. They and the mixing
 draw from the default generators of torch, Python and numpy.
 """
 
@@ -42,13 +42,13 @@ def finetuning_transform(
     Args:
         image_size: int or (h, w), pixels.
         mean, std: one number per channel, in units of [0, 1].
-        auto_augment: timm's description of a RandAugment, or None; what it shears or rotates in is `mean`.
+        auto_augment: timm's description of a RandAugment, or None; areas emptied by shears and rotations get `mean`.
         random_erasing: probability that a rectangle is erased.
         min_crop_scale, max_crop_scale: smallest and largest crop, as a fraction of the image's area.
         horizontal_flip: probability of a flip; 0 for digits and letters.
 
     Raises:
-        ValueError: a description that is no RandAugment's; RandAugment for images that are neither grey nor RGB.
+        ValueError: not the description of a RandAugment; RandAugment for images that are neither grey nor RGB.
     """
     steps = [pretraining_transform(image_size, min_crop_scale, max_crop_scale, horizontal_flip)]
     if auto_augment is not None:
@@ -116,13 +116,13 @@ def mixing(
         num_classes: K.
         batch_size: B, images of one process and step.
         mixup, cutmix: α of the Beta(α, α) that the share of an image is drawn from; 0: off.
-        probability: of a batch to be mixed at all.
+        probability: that a batch is mixed at all.
         switch_probability: of CutMix where both are on.
-        label_smoothing: ε; K classes share it alike.
+        label_smoothing: ε, spread evenly over the K classes.
 
     Returns:
         a function (float32 (B, C, h, w), int64 (B,)) -> (the same mixed, in place; soft labels float32 (B, K)), or
-        None where there is nothing to do and labels stay as they are.
+        None if there is nothing to do and labels stay as they are.
 
     Raises:
         ValueError: an odd batch, whose images cannot be paired.

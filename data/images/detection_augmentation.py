@@ -1,9 +1,9 @@
-"""What detection does to images and their objects, in training and in evaluation, after ViTDet (arXiv 2203.16527).
+"""Transforms of images and their objects for detection, in training and evaluation, after ViTDet (arXiv 2203.16527).
 
 Shapes: C channels, H, W an image's height and width, S the side of the square that the model takes, n objects.
 
-The transforms take what `CocoSource.decode` gives and return a normalised image, float32 (C, S, S), in whose upper
-left corner the picture lies; the rest is zero. They draw from torch's default generator.
+The transforms take what `CocoSource.decode` returns and give a normalised image, float32 (C, S, S), with the picture
+in its upper left corner; the rest is zero. They draw from torch's default generator.
 """
 
 from collections.abc import Sequence
@@ -33,16 +33,16 @@ def large_scale_jitter(
 ) -> DenseTransform:
     """The augmentation of ViTDet's training (appendix A.1; after Ghiasi et al. 2021, arXiv 2012.07177).
 
-    A flip; the image is resized, proportions kept, so that it just fits a square of side S * scale; from what is
-    larger than S a random part is cut; the image is normalised, and what is smaller padded with zeros.
+    A flip; the image is resized, keeping its proportions, so that it just fits a square of side S * scale; where it is
+    larger than S a random crop is taken; it is normalised and, where it is smaller, padded with zeros.
 
-    An object that the cut goes through has the box of what is left of its mask, as in ViTDet's recipe
+    An object cut by the crop gets the box of the remaining part of its mask, as in ViTDet's recipe
     (`recompute_boxes`). Objects whose box is less than a pixel wide or high, or whose mask is empty, are left out.
 
     Args:
         image_size: S, pixels.
         mean, std: one number per channel, in units of [0, 1].
-        scale_range: that the scale is drawn from, uniformly.
+        scale_range: the scale is drawn from it uniformly.
         horizontal_flip: probability of a flip; 0 for digits and letters.
 
     Returns:
@@ -73,8 +73,8 @@ def detection_evaluation_transform(image_size: int, *, mean: Sequence[float], st
 
     Returns:
         A transform that leaves the objects of the target as they are, in pixels of the original image, and adds what
-        brings detections there: `image_size`, (h, w) of the part of the square that is picture, and `original_size`,
-        (H, W).
+        maps detections back to it: `image_size`, (h, w) of the part of the square that is picture, and
+        `original_size`, (H, W).
     """
     return partial(_fit, side=image_size, normalization=Normalization(mean, std, "cpu"))
 

@@ -1,4 +1,4 @@
-"""What a mask of classes is: decoded as its bytes say, and turned as its image."""
+"""Masks of classes: decoded to class indices, and turned like their images."""
 
 import io
 
@@ -20,7 +20,7 @@ PNG_BIT_DEPTH = 24  # byte offset in the header that every PNG begins with
 
 
 def decode_mask(encoded: bytes, name: str) -> np.ndarray:
-    """Decodes a PNG to the numbers that it stores: grey levels as they are, of a palette the indices.
+    """Decodes a PNG to the numbers that it stores: grey levels, or the indices of a palette.
 
     Args:
         encoded: the bytes of the file.
@@ -30,7 +30,7 @@ def decode_mask(encoded: bytes, name: str) -> np.ndarray:
         integers (H, W), none negative.
 
     Raises:
-        BadImageError: no PNG, or a damaged one.
+        BadImageError: not a PNG, or a damaged one.
         ValueError: a PNG in colour.
     """
     if not encoded:

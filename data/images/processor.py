@@ -1,4 +1,4 @@
-"""What users of a model put before it: size, mean and standard deviation, as `preprocessor_config.json` has them."""
+"""The image processor of a model: size, mean and standard deviation, as in `preprocessor_config.json`."""
 
 from PIL.Image import Resampling
 from transformers import ViTImageProcessor

@@ -1,6 +1,6 @@
-"""What training and evaluation do to images and masks of semantic segmentation.
+"""Transforms of images and masks for semantic segmentation, in training and in evaluation.
 
-Shapes: C channels, H, W an image's height and width, h, w those of what comes out.
+Shapes: C channels, H, W an image's height and width, h, w those of the result.
 
 The transforms take (image uint8 (C, H, W), mask (H, W)), as `SegmentationSource.decode` gives them, and return (image
 float32 (C, h, w), normalised; mask int64). They draw from torch's default generator only.
@@ -66,7 +66,7 @@ def segmentation_evaluation_transform(
 ) -> DenseTransform:
     """Resizes the image alone, with its proportions, so that it fits (long_side_limit, short_side), and normalises.
 
-    The mask stays as large as it is: predictions are compared at the original size.
+    The mask keeps its size: predictions are compared at the original size.
 
     Args:
         short_side, long_side_limit: pixels; 512 and 2048 for ADE20K.
@@ -99,8 +99,8 @@ class FittingResize(v2.Transform):
 class MixedCrop(v2.Transform):
     """A random crop, if possible of several classes, none of which fills more than its share.
 
-    As in mmsegmentation's `RandomCrop` with `cat_max_ratio`: after ten crops of too much of one class, the next one is
-    taken as it is. An image smaller than the crop is not cut.
+    As in mmsegmentation's `RandomCrop` with `cat_max_ratio`: after ten crops with too much of one class, the next one
+    is accepted. An image smaller than the crop is not cut.
     """
 
     def __init__(self, height: int, width: int, max_class_share: float):
@@ -131,7 +131,7 @@ class MixedCrop(v2.Transform):
 
 
 class PhotometricDistortion(v2.RandomPhotometricDistort):
-    """torchvision's, with its ranges, those of SSD (arXiv 1512.02325), and without its exchange of channels."""
+    """torchvision's, with its ranges, which are SSD's (arXiv 1512.02325), but without permuting channels."""
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
         return super().make_params(flat_inputs) | {"channel_permutation": None}
@@ -162,7 +162,7 @@ class ImageOnly(torch.nn.Module):
 
 
 def _normalization(mean: Sequence[float], std: Sequence[float]) -> list[v2.Transform]:
-    """Normalises images, and makes of masks what losses take."""
+    """Normalises images, and converts masks to what losses take."""
     return [
         v2.Lambda(Normalization(mean, std, "cpu"), tv_tensors.Image),
         v2.ToDtype({tv_tensors.Mask: torch.int64, "others": None}),

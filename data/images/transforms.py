@@ -39,12 +39,12 @@ def pretraining_transform(
 
 
 def evaluation_transform(image_size: int | Sequence[int], crop_ratio: float = 0.875) -> torch.nn.Module:
-    """Resizes until the image covers image_size / crop_ratio and cuts the centre out (224 px: resize to 256).
+    """Resizes until the image covers image_size / crop_ratio, and crops its centre (224 px: resize to 256).
 
     Args:
         image_size: int or (h, w), pixels.
-        crop_ratio: what is left of the shorter side; with 1 nothing is cut off, the image is resized to exactly
-            (h, w), its proportions with it.
+        crop_ratio: the part of the shorter side that is kept; with 1 nothing is cut off, and the image is resized to
+            exactly (h, w), whatever its proportions.
 
     Returns:
         a module, uint8 (C, H, W) -> uint8 (C, h, w).
@@ -57,7 +57,7 @@ def evaluation_transform(image_size: int | Sequence[int], crop_ratio: float = 0.
 
 
 class ResizeToCover(torch.nn.Module):
-    """Resizes, proportions kept, to the smallest size that covers (height, width).
+    """Resizes, keeping proportions, to the smallest size that covers (height, width).
 
     For a square this is torchvision's `Resize(side)`, which knows no other shape.
     """
@@ -80,7 +80,7 @@ class ResizeToCover(torch.nn.Module):
 def normalize(
     pixel_values: torch.Tensor, mean: Sequence[float] | torch.Tensor, std: Sequence[float] | torch.Tensor
 ) -> torch.Tensor:
-    """Returns (pixel_values / 255 - mean) / std as float32, on the device where pixel_values lies.
+    """Returns (pixel_values / 255 - mean) / std as float32, on the device of pixel_values.
 
     Args:
         pixel_values: uint8 (B, C, h, w).
@@ -100,7 +100,7 @@ def normalize(
 
 
 class Normalization:
-    """`normalize` with a mean and a standard deviation that lie on the device already: no step copies them there.
+    """`normalize` with mean and standard deviation already on the device, so that no step copies them.
 
     Args:
         mean, std: one number per channel, in units of [0, 1]; kept as attributes.

@@ -1,1 +1,1 @@
-"""Where images are: folders, arrays, data sets, shards, and parts of them."""
+"""Sources of images: folders, arrays, data sets, shards, and subsets of them."""

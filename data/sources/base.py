@@ -13,11 +13,11 @@ Row = tuple[bytes | np.ndarray, Any]
 
 
 class RowSource(ABC):
-    """A finite, indexable set of images that have not been decoded yet, each with what is known of it.
+    """A finite, indexable set of images that have not been decoded yet, each with its label or annotation.
 
     Attributes:
-        name: what people call the images, for messages.
-        block_sizes: int64 (blocks,), rows of each block in global index order; a block is what is read at one go.
+        name: of the data, for messages.
+        block_sizes: int64 (blocks,), rows of each block in global index order; a block is read at once.
             A source whose rows can be read one by one is a single block.
         reads_blocks: whether a row costs as much as its whole block, so that a loader should call `read_block`.
         fingerprint: hex digest of what identifies the data wherever it lies; a resumed run compares it.
@@ -35,11 +35,11 @@ class RowSource(ABC):
 
     @abstractmethod
     def read(self, index: int) -> Row:
-        """Returns a row: the image as encoded bytes or as uint8 (H, W) or (H, W, C), and what is known of it."""
+        """Returns a row: the image as encoded bytes or as uint8 (H, W) or (H, W, C), and its label or annotation."""
 
     @abstractmethod
     def describe(self, index: int) -> str:
-        """Returns "file:row", the sample's identity for people and logs."""
+        """Returns "file:row", which identifies the sample in messages and logs."""
 
     def next_in_file(self, index: int) -> int:
         """Returns the index of the next row of the same file; the last row is followed by the first."""
@@ -55,7 +55,7 @@ class RowSource(ABC):
 
 
 class ImageSource(RowSource):
-    """A `RowSource` of images that have a label, or none: of them `read` returns (image, label or None).
+    """A `RowSource` of images with or without labels: `read` returns (image, label or None).
 
     Attributes:
         label_names: names of the classes in label order, or None.
@@ -85,7 +85,7 @@ class ImageSource(RowSource):
 
     @abstractmethod
     def _stored_labels(self) -> np.ndarray:
-        """Returns what is stored for labels, negative where there is none: int64 (n,). Asked only if `has_labels`."""
+        """Returns the stored labels, negative where there is none: int64 (n,). Called only if `has_labels`."""
 
     def file_names(self) -> list[str]:
         """Returns the file name of every row (of a row of an archive, its key), without reading an image.

@@ -2,10 +2,10 @@
 
 Shapes: C channels, H, W an image's height and width, n objects in it, K classes.
 
-What is wrong with the file itself is an error when it is opened. What is wrong with one object leaves that object out,
-of training and of evaluation alike, and a warning counts what was left out and why; a mask without a pixel, which
-shows when it is drawn, is left out of training alone, as COCO's evaluation counts it. What is wrong with an image is a
-`BadImageError`, for which a loader takes another image.
+A fault of the file itself is an error when it is opened. A faulty object is left out, of training and of evaluation
+alike, and a warning counts such objects by reason; a mask without a pixel, which is noticed only when it is
+rasterised, is left out of training alone, as COCO's evaluation counts it. A faulty image is a `BadImageError`, for
+which a loader takes another image.
 """
 
 import hashlib
@@ -72,8 +72,8 @@ def read_annotations(path: str | os.PathLike) -> CocoAnnotations:
     """Reads and checks an annotation file, without rasterising a mask.
 
     Raises:
-        ValueError: no such file; not JSON, or cut off; a key is missing, or an id stands twice or is no whole number;
-            a size is not positive; an annotation is of an image or category that the file does not have.
+        ValueError: no such file; not JSON, or cut off; a key is missing, or an id is repeated or not an integer; a
+            size is not positive; an annotation names an image or category that the file does not have.
     """
     content = _parse(path)
     images, categories, annotations = (_by_id(content, section, path) for section in REQUIRED_KEYS)
@@ -110,7 +110,7 @@ def compressed_mask(segmentation: list | dict[str, Any], height: int, width: int
     """COCO's compressed run-length code of a segmentation in any of its three forms.
 
     Args:
-        segmentation: polygons [[x, y, x, y, …], …] or a run-length code, which `read_annotations` has let pass.
+        segmentation: polygons [[x, y, x, y, …], …] or a run-length code that `read_annotations` has accepted.
         height, width: of the image.
 
     Raises:
@@ -141,8 +141,8 @@ class CocoSource(DenseSource):
 
     Attributes:
         image_ids: int64 (images,), the file's ids of the rows.
-        category_ids: the file's ids of the K classes, ascending: the way back from a label.
-        num_objects: of all images, as far as it shows without drawing their masks.
+        category_ids: the file's ids of the K classes, ascending: to map labels back.
+        num_objects: of all images, as far as can be told without rasterising masks.
 
     Raises:
         ValueError: what `read_annotations` refuses; images that are not in the folder; no image is left.
@@ -266,7 +266,7 @@ def _by_id(content: dict[str, Any], section: str, path: str | os.PathLike) -> di
 
 
 def _fault(annotation: Annotation, height: int, width: int) -> str | None:
-    """What makes an annotation unusable, as far as it shows without drawing its mask."""
+    """What makes an annotation unusable, as far as can be told without rasterising its mask."""
     return _box_fault(annotation["bbox"], height, width) or _mask_fault(annotation["segmentation"], height, width)
 
 
@@ -304,7 +304,7 @@ def _code_fault(code: dict[str, Any], height: int, width: int) -> str | None:
     if code.get("size") != [height, width]:
         return OTHER_SIZE
     counts = code["counts"]
-    if isinstance(counts, str):  # whether it is sound shows when it is drawn
+    if isinstance(counts, str):  # whether it is sound is seen when it is rasterised
         return None
     if not all(type(count) is int and count >= 0 for count in counts) or sum(counts) != height * width:
         return DAMAGED_CODE
@@ -323,7 +323,7 @@ def _pack(annotations: Sequence[Annotation]) -> bytes:
 
 
 def _check_files(image_dir: Path, names: Sequence[str], path: str | os.PathLike) -> None:
-    """One listing of a folder in place of a look for each of 100,000 files, which a network drive would feel."""
+    """Lists each folder once instead of looking for each of 100,000 files, which is slow on a network drive."""
     if not image_dir.is_dir():
         raise ValueError(f"the image folder {image_dir} is not a folder")
     parents = {str(PurePosixPath(name).parent) for name in names}

@@ -9,7 +9,7 @@ from .base import Row, RowSource
 
 
 class DenseSource(RowSource):
-    """A `RowSource` whose rows are (encoded image, annotation), and which knows what an annotation means.
+    """A `RowSource` whose rows are (encoded image, annotation), and which decodes both.
 
     Attributes:
         class_names: of the K classes, in the order of the model's.
@@ -27,5 +27,5 @@ class DenseSource(RowSource):
 
         Raises:
             BadImageError: image or annotation cannot be decoded, or do not belong together.
-            ValueError: a class that is none of `class_names`; names the file.
+            ValueError: a class that is not in `class_names`; names the file.
         """

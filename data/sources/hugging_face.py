@@ -1,4 +1,4 @@
-"""What 🤗 Datasets resolves: data sets of the Hub, local ones, folders of images, parquet and WebDataset files."""
+"""Data sets that 🤗 Datasets resolves: of the Hub, local ones, folders of images, parquet and WebDataset files."""
 
 import hashlib
 import os

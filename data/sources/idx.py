@@ -1,4 +1,4 @@
-"""Folders in the IDX format of MNIST and its kin (Fashion-MNIST, KMNIST, EMNIST).
+"""Folders in the IDX format of MNIST, Fashion-MNIST, KMNIST and EMNIST.
 
 The format: two zero bytes, the element type, the number of dimensions, each dimension as a big-endian uint32, then
 the elements. Shapes: n images of (H, W).

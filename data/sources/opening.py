@@ -1,4 +1,4 @@
-"""The one door to the data: `open_image_source` turns the user's words into an `ImageSource`."""
+"""`open_image_source` opens data as the user's flags name them, as an `ImageSource`."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -63,10 +63,10 @@ def open_image_source(
         dataset_name: "digits", or a name or local path for 🤗 Datasets.
         dataset_config_name: the configuration of `dataset_name`.
         train_dir: a folder of images, whose class folders are the labels (🤗 Datasets' `imagefolder`), or of IDX
-            files. It is read where it lies, streaming or not.
+            files. It is read in place, streaming or not.
         data_files: parquet or WebDataset (.tar) files, a path, glob pattern or URL, or a list of them.
-        streaming: read parquet or tar shards where they lie, possibly over a network, instead of converting them to
-            an Arrow file on disk first.
+        streaming: read parquet or tar shards in place, possibly over a network, instead of converting them to an
+            Arrow file on disk first.
         image_column_name, label_column_name: default to the first column of type `Image` and `ClassLabel`, else to
             "image" and "label"; in WebDataset files to jpg, jpeg, png or webp and to cls.
         cache_dir: where 🤗 Datasets converts to, and where listings of shards are kept; default: its own cache.
@@ -145,8 +145,8 @@ def open_digits(split: str) -> ArraySource:
 def folder_patterns(folder: Path) -> dict[str, list[str]]:
     """Which files of a folder of images are of which split, as patterns for 🤗 Datasets.
 
-    Folders named as splits are splits, if there are no others or they hold the folders of the classes; else all images
-    are for training.
+    Folders named like splits are splits if there are no other folders, or if they hold the folders of the classes;
+    otherwise all images are for training.
     🤗 Datasets by itself also goes by the names of files: of ImageNet's `ILSVRC2012_val_….JPEG` it makes a validation
     split, and of a folder with one `my train.jpg` it takes that image alone.
     """

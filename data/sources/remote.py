@@ -1,10 +1,10 @@
-"""Files, local or over a network: what is read of them is right, or there is an error that names the file.
+"""Files, local or over a network: a read returns the right bytes, or raises an error that names the file.
 
 🤗 Datasets knows the way to `hf://` and `http(s)://`. Its retries, though, pass over a failed opening and an answer of
 the wrong length, and its time-outs are minutes. Here each read is one request for a range, and whatever fails
 (connecting, a status such as 429 or 503, silence, a body that is cut or is not the range) is tried again on a file
 opened anew, `datasets.config.STREAMING_READ_MAX_RETRIES` (20) times in all, `STREAMING_READ_RETRY_INTERVAL` (5)
-seconds apart, or 12 times that after a 429. A file that is not there or not allowed is an error at once.
+seconds apart, or 12 times that after a 429. A missing or forbidden file is an error at once.
 
 So an outage ends in an error after 20 x 5 s if connections are refused. If the server is silent, each try over
 http(s) may wait twice for `READ_TIMEOUT`, for the HEAD and the GET of an opening: at most 20 x (2 x 30 + 5) s, 22
@@ -75,7 +75,7 @@ class RemoteFile(io.RawIOBase):
         return length
 
     def _try(self, read: Callable[[BinaryIO], Result]) -> Result:
-        """What `read` makes of the open file, at the first try that succeeds."""
+        """The result of `read` on the open file, at the first try that succeeds."""
         tries = config.STREAMING_READ_MAX_RETRIES
         for attempt in range(1, tries + 1):
             try:

@@ -74,8 +74,8 @@ class SegmentationSource(DenseSource):
     ) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
         """Decodes a row that `read` gave.
 
-        A mask that has the size of the pixels as a JPEG stores them, where EXIF says that they lie on the side, is
-        turned with them; one that has the size of both is taken to be upright.
+        If EXIF says that an image is stored on its side, a mask that has the size of the stored pixels is turned with
+        them; a mask that fits either way is taken to be upright.
 
         Returns:
             The image, uint8 (C, H, W), and its mask, uint8 (H, W): class indices, and 255 where a pixel is ignored.
@@ -120,7 +120,7 @@ def open_segmentation_source(
 ) -> SegmentationSource:
     """Opens a split of a segmentation set; images and masks stay encoded until a loader decodes them.
 
-    Names of the classes come from the first of these that there is: `class_names`; `class_names_file`; what lies in
+    Names of the classes come from the first of these that exists: `class_names`; `class_names_file`; what lies in
     `train_dir` (ADE20K's objectInfo150.txt; the categories of annotations/instances_SPLIT.json, the class of value 0
     being "background"); "0" to "K-1" for `num_classes`; the same for the largest value in the masks, all of which
     are read for it.
@@ -134,7 +134,7 @@ def open_segmentation_source(
         data_files: parquet files, a path, glob pattern or URL, or a list of them.
         image_column_name, annotation_column_name: default to the column of type `Image` that is called annotation,
             label, mask or segmentation, and to the first other one.
-        class_names: for a split that must have the classes of another.
+        class_names: given for a split that must have the classes of another.
         class_names_file: one name a line.
         num_classes: K; must agree with the names, if there are any.
         reduce_zero_label: value 0 means "no class" and is ignored; 1 becomes class 0.
@@ -142,7 +142,7 @@ def open_segmentation_source(
         flag: what the user named `data_files` by, for messages.
 
     Raises:
-        ValueError: no place or several named; no such folder, split or column; images without a mask or masks without
+        ValueError: no source named, or several; no such folder, split or column; images without a mask, masks without
             an image; names and number of classes that contradict each other.
     """
     places = {"dataset_name": dataset_name, "train_dir": train_dir, "data_files": data_files}
@@ -175,7 +175,7 @@ def open_segmentation_source(
 
 
 def read_class_names(path: str | os.PathLike) -> list[str]:
-    """Reads names that stand one a line.
+    """Reads names, one a line.
 
     Raises:
         ValueError: no such file, or no name in it.
@@ -194,7 +194,7 @@ def find_image_columns(
     """Returns the names of the columns of images and of masks, both of type `Image`.
 
     Raises:
-        ValueError: a named column is not there or holds no images; none can be told. Lists the columns.
+        ValueError: a named column is missing or holds no images; the columns cannot be found. Lists them.
     """
     images = [column for column, feature in features.items() if isinstance(feature, ImageFeature)]
     annotation = annotation_column or next((column for column in ANNOTATION_COLUMNS if column in images), None)
@@ -274,7 +274,7 @@ def _files_by_stem(folder: Path, suffixes: set[str]) -> dict[str, Path]:
 
 
 def _stored_class_names(folder: Path, mask_folder: Path) -> list[str] | None:
-    """What the values 0, 1, … of the masks mean, if files beside them say so."""
+    """The names of the values 0, 1, … of the masks, if files beside them give any."""
     ade20k = folder / "objectInfo150.txt"
     if ade20k.is_file():
         with ade20k.open(encoding="utf-8", newline="") as file:

@@ -1,7 +1,7 @@
 """Streamed shards: row groups of parquet files and runs of tar members, read at random, locally or over a network.
 
 A shard is listed once (a parquet footer; the headers of a tar), in parallel threads, and the listing is kept on disk.
-Files are opened by `remote`, which knows `hf://` and `http(s)://`, tries again what fails, and says for how long.
+Files are opened by `remote`, which handles `hf://` and `http(s)://` and retries what fails.
 """
 
 import hashlib
@@ -173,7 +173,7 @@ class ParquetSource(ShardedSource):
 class TarSource(ShardedSource):
     """Samples of WebDataset archives: members that share a name up to the first dot.
 
-    A sample without an image is an empty image, to be counted among the bad ones.
+    A sample without an image becomes an empty image, which counts as a bad one.
 
     Args:
         image_fields: member extensions that hold the image, the first present one is taken.
@@ -314,7 +314,7 @@ def _open_parquet(file: BinaryIO, path: str) -> pq.ParquetFile:
 
 @contextmanager
 def _damage_named(path: str) -> Iterator[None]:
-    """Names the file in what pyarrow says of its bytes; a network's failure has its name already."""
+    """Adds the file's name to pyarrow's errors about its content; errors of a network have it already."""
     try:
         yield
     except UnreadableFileError:

@@ -1,4 +1,4 @@
-"""Some images of a source: low-shot training on a fraction of every class, or on the files of a list.
+"""Subsets of a source, for low-shot training: a fraction of every class, or the files of a list.
 
 Shapes: n images in the source, m of them in the subset.
 """
@@ -22,8 +22,8 @@ APPENDED_WNID = re.compile(r"_n\d{8}$")
 class SubsetSource(ImageSource):
     """Rows of another source, in its order, with their labels and under their original descriptions.
 
-    Blocks of the source are blocks here, less the rows left out and the blocks of which no row is left; the next row
-    "in the file" is the next of the subset, so that no image from outside replaces a bad one.
+    Blocks of the source are blocks here, without the rows left out and without blocks that have none left; the next
+    row "in the file" is the next of the subset, so that no image from outside replaces a bad one.
 
     Args:
         source: any `ImageSource`.
@@ -76,13 +76,13 @@ def low_shot_indices(
         labels: int (n,), none negative.
         fraction: in (0, 1].
         seed: non-negative integer.
-        label_names: names of all classes, in label order; without them the classes are the labels there are.
+        label_names: names of all classes, in label order; without them the classes are the labels that occur.
 
     Returns:
         indices int64 (m,), ascending.
 
     Raises:
-        ValueError: no such fraction; fewer images than classes; a class without an image.
+        ValueError: an invalid fraction; fewer images than classes; a class without an image.
     """
     if not 0 < fraction <= 1:
         raise ValueError(f"train_fraction must lie above 0 and not above 1, got {fraction}")
