@@ -1,13 +1,13 @@
 """Mask R-CNN on the plain ViT, as ViTDet has it (Li et al. 2022, arXiv 2203.16527), of torchvision's parts.
 
 Sizes and thresholds are those of detectron2 (configs/common/models/mask_rcnn_vitdet.py), and so is how layers are
-initialised, but for the convolutions of the pyramid. What is torchvision's, and is otherwise there:
+initialised, except for the convolutions of the pyramid. Where torchvision's parts differ from detectron2's ("there"):
 
 - Box regression, in the proposal network and in the box head, is smooth L1 with β = 1/9; there β = 0, which is L1.
 - RoIAlign does not shift boxes by half a cell of the map (`aligned=False`); there it does. The same holds for the
   crops of the true masks, which are regressed as they are, in 0 … 1; there they are first rounded to 0 or 1.
-- The losses of the proposal network are divided by the number of anchors that were drawn; there by 256 per image,
-  which is the same as long as there are so many.
+- The losses of the proposal network are divided by the number of sampled anchors; there by 256 per image, which is
+  the same as long as there are that many.
 - In training, proposals are clipped to the padded square, and not to the picture in it.
 - The corners of the anchors are rounded to whole pixels.
 - The box of a proposal is predicted for the background, too, which no loss sees; so is its mask.
@@ -52,9 +52,9 @@ VITDET_BASE = {
 
 @strict
 class MaskRCNNConfig(PreTrainedConfig):
-    """What a `MaskRCNNForInstanceSegmentation` is made of; defaults are ViTDet-B's for COCO, but for its 80 classes.
+    """Configuration of `MaskRCNNForInstanceSegmentation`; defaults are ViTDet-B's for COCO, except for its 80 classes.
 
-    `id2label` names the K classes of objects; there is none for the background.
+    `id2label` names the K classes of objects, without the background.
 
     Args:
         backbone_config: of the encoder, or its fields; None = ViTDet-B's. Images have its `image_size`, or any other
@@ -64,10 +64,10 @@ class MaskRCNNConfig(PreTrainedConfig):
         anchor_scale: side of an anchor, as a multiple of its level's stride; 8 gives 32 … 512 pixels at patches of 16.
         anchor_aspect_ratios: height / width.
         rpn_batch_size_per_image, box_batch_size_per_image: anchors and proposals drawn for the losses.
-        rpn_nms_threshold, box_nms_threshold: IoU from which on the less likely of two boxes goes.
+        rpn_nms_threshold, box_nms_threshold: IoU from which on the less likely of two boxes is dropped.
         rpn_pre_nms_top_n, rpn_post_nms_top_n: proposals kept of a level, and of an image: (training, evaluation).
-        box_score_threshold: what a detection must have at least.
-        detections_per_image: at most so many.
+        box_score_threshold: lowest score of a detection.
+        detections_per_image: the most that are kept.
 
     Raises:
         StrictDataclassError (of huggingface_hub): a wrong type, or values that make no sense; the message names the
@@ -111,7 +111,7 @@ class MaskRCNNConfig(PreTrainedConfig):
         return tuple(int(self.backbone_config.patch_size * stride) for stride in LEVEL_STRIDES)
 
     def validate_backbone_config(self):
-        """Part of `@strict`'s validation: the encoder is one that a pyramid can stand on."""
+        """Part of `@strict`'s validation: the encoder suits a pyramid."""
         if not isinstance(self.backbone_config, MIMAEConfig):
             raise ValueError(f"backbone_config is a {type(self.backbone_config).__name__}: a MIMAEConfig is needed")
         patch_size = self.backbone_config.patch_size
@@ -229,7 +229,7 @@ class MaskRCNNForInstanceSegmentation(PreTrainedModel):
         self.post_init()
 
     def post_init(self):
-        """Notes which layers start from a normal distribution, as in detectron2, before all are initialised."""
+        """Marks the layers that start from a normal distribution, as in detectron2, before all are initialised."""
         heads = self.roi_heads
         for layer in self.rpn.head.modules():
             layer.initial_std = 0.01
@@ -249,7 +249,7 @@ class MaskRCNNForInstanceSegmentation(PreTrainedModel):
         Args:
             pixel_values: (B, C, S, S), normalised, resized and padded at the right and at the bottom.
             labels: for each image `boxes` (n, 4), XYXY in pixels, `labels` (n,), 0 … K-1, and `masks` (n, S, S), 0 or
-                1; n may be 0. Needed in training, not looked at in evaluation.
+                1; n may be 0. Needed in training, ignored in evaluation.
             image_sizes: (height, width) of each image without its padding, where nothing is detected; None = there is
                 no padding.
 
@@ -280,7 +280,7 @@ class MaskRCNNForInstanceSegmentation(PreTrainedModel):
         return MaskRCNNOutput(loss=sum(losses.values()), **losses)
 
     def no_weight_decay(self) -> set[str]:
-        """Names of what does not decay although it has more than one dimension: the encoder's."""
+        """Names of the parameters with more than one dimension that do not decay: the encoder's."""
         return {f"backbone.{name}" for name in self.backbone.no_weight_decay()}
 
     def save_pretrained(self, *args: Any, save_original_format: bool = False, **kwargs: Any):
@@ -330,7 +330,7 @@ def build_mask_rcnn(
 def check_labels(
     labels: Sequence[Mapping[str, torch.Tensor]] | None, num_images: int, size: tuple[int, int], num_labels: int
 ) -> None:
-    """Raises a ValueError for labels that a loss could not be computed of, or that would make it infinite.
+    """Raises a ValueError for labels from which no finite loss could be computed.
 
     Args:
         labels: see `MaskRCNNForInstanceSegmentation.forward`.
@@ -358,7 +358,7 @@ def check_labels(
 
 
 def _as_target(label: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """As torchvision wants it: plain tensors, the background is class 0."""
+    """As torchvision expects it: plain tensors, the background is class 0."""
     plain = {name: label[name].as_subclass(torch.Tensor) for name in ("boxes", "labels", "masks")}
     return {**plain, "boxes": plain["boxes"].float(), "labels": plain["labels"] + 1}
 

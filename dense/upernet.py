@@ -35,7 +35,7 @@ class UperNet(UperNetForSemanticSegmentation):
             labels: (B, H, W), int64, 0 … K-1 or `loss_ignore_index`.
 
         Raises:
-            ValueError: one image alone in training; see also `MIMAEBackbone.forward`.
+            ValueError: a single image in training; see also `MIMAEBackbone.forward`.
         """
         if self.training and len(pixel_values) < 2:
             raise ValueError(
@@ -57,7 +57,7 @@ class UperNet(UperNetForSemanticSegmentation):
         return nn.functional.interpolate(logits, size=pixel_values.shape[-2:], mode="bilinear")  # (B, K, H, W)
 
     def no_weight_decay(self) -> set[str]:
-        """Names of what does not decay although it has more than one dimension: the encoder's."""
+        """Names of the parameters with more than one dimension that do not decay: the encoder's."""
         return {f"backbone.{name}" for name in self.backbone.no_weight_decay()}
 
     def save_pretrained(self, *args: Any, save_original_format: bool = False, **kwargs: Any):
@@ -96,7 +96,7 @@ def build_upernet(
         pool_scales: sides of the pooled maps of the pyramid pooling module.
 
     Raises:
-        ValueError: the encoder gives other maps, or there is one class alone.
+        ValueError: the encoder gives other maps, or there is only one class.
     """
     if not backbone.config.add_fpn:
         raise ValueError("UperNet needs maps of four sizes: set add_fpn=True in the encoder's configuration")
