@@ -1,1 +1,1 @@
-"""What an encoder is worth: features, nearest neighbours, metrics, robustness."""
+"""Evaluation of encoders: features, nearest neighbours, metrics, robustness."""

@@ -1,8 +1,8 @@
 """The corruptions of ImageNet-C made on the fly, for sets that have no published "-C".
 
-They come from the library `imagecorruptions`, which follows the published generator without being it, and no JPEG is
-written in between, as was for the published images: errors on the fly are no substitute for those on ImageNet-C, and
-AlexNet's do not belong to them.
+They come from the library `imagecorruptions`, which follows the published generator but is other code, and images are
+not saved as JPEG in between, as the published ones were: errors on the fly do not replace those on ImageNet-C, and
+cannot be related to AlexNet's.
 
 Shapes: C channels, H × W pixels of an image, h × w those that the model takes.
 """
@@ -27,14 +27,14 @@ SEEDED_BY_ARGUMENT = ("glass_blur", "impulse_noise")  # the others draw from num
 class CorruptedTransform(torch.nn.Module):
     """Resizes and crops as for evaluation, then corrupts: ImageNet-C's protocol (Hendrycks and Dietterich 2019).
 
-    For a model of less than 32 px a side they are resized and cropped to that, in the same proportions, corrupted
+    For a model of less than 32 px a side images are resized and cropped to 32 px, in the same proportions, corrupted
     there, and then resized to the model's size. That smooths noise, so corruptions are milder at such sizes.
 
     One channel is corrupted as three equal ones and turned back by their luma (ITU-R BT.601), which leaves two thirds
     of the standard deviation of noise that is independent between colours.
 
     What is random is a function of the seed and of the pixels: an image looks the same in every epoch, worker and
-    process. The caller's random states stay as they were.
+    process. The caller's random states do not change.
 
     Args:
         image_size: int or (h, w), pixels.
@@ -85,7 +85,7 @@ class CorruptedTransform(torch.nn.Module):
 
 @contextmanager
 def _numpy_seed(seed: int) -> Iterator[None]:
-    """Seeds numpy's global generator, and gives it back as it was."""
+    """Seeds numpy's global generator, and restores it afterwards."""
     state = np.random.get_state()
     np.random.seed(seed)
     try:

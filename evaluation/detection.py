@@ -39,7 +39,7 @@ NAMES = (
 def restore_detections(
     detections: dict[str, torch.Tensor], *, image_size: Sequence[int], original_size: Sequence[int]
 ) -> dict[str, Any]:
-    """Brings an image's detections from the model's pixels to those of the original image.
+    """Maps an image's detections from the model's pixels to those of the original image.
 
     Args:
         detections: `boxes` (n, 4), left, top, right, bottom; `scores` (n,); `labels` (n,), 0..K-1; `masks`
@@ -103,7 +103,7 @@ def detection_metrics(
     Args:
         annotation_file: the truth.
         records: as `detection_records` gives them, of all images and processes, each image once.
-        image_ids: of the images that were looked at; None: all of the file.
+        image_ids: of the evaluated images; None: all of the file.
 
     Returns:
         Fractions in [0, 1] as `box_ap`, `box_ap50`, `box_ap75`, `box_ap_small`, …, `box_ar100`, … and `mask_ap`, ….
@@ -112,7 +112,7 @@ def detection_metrics(
 
     Raises:
         ValueError: what `read_annotations` refuses; images that are not in the file, or records of images that were
-            not looked at; no object to find.
+            not evaluated; no object to find.
     """
     annotations = read_annotations(annotation_file)
     image_ids = list(annotations.images) if image_ids is None else sorted(set(image_ids))
@@ -135,7 +135,7 @@ def detection_metrics(
 def _pasted(mask: torch.Tensor, box: torch.Tensor, size: tuple[int, int]) -> dict[str, Any]:
     """A mask (1, M, M) of a box in an image of (H, W), sampled at the centres of its pixels, as a run-length code.
 
-    torchvision's own `paste_masks_in_image` rounds the box to whole pixels, which small objects feel.
+    torchvision's own `paste_masks_in_image` rounds the box to whole pixels, which matters for small objects.
     """
     left, top, right, bottom = box.tolist()
     rows, columns = _covered(top, bottom, size[0]), _covered(left, right, size[1])

@@ -20,9 +20,9 @@ def extract_features(
     """One feature vector an image: `model.encode(...).pooler_output`, in evaluation mode and without gradients.
 
     Args:
-        model: anything with `encode(pixel_values)`; already on `device`. Its mode is given back as it was.
+        model: anything with `encode(pixel_values)`; already on `device`. Its mode is restored.
         batches: dicts of `pixel_values` (B, C, H, W), uint8, and `labels` (B,).
-        normalize: uint8 pixels to what the model was trained on, run on `device`.
+        normalize: converts uint8 pixels to the model's input, on `device`.
         device: where the model lies.
 
     Returns:

@@ -23,7 +23,7 @@ TOP = 5
 def ranked_classes(logits: torch.Tensor, k: int = TOP) -> torch.Tensor:
     """The classes of the k largest logits, best first: (n, K) → int64 (n, min(k, K)).
 
-    As a `preprocess_logits_for_metrics` it keeps k numbers an image in memory in place of K.
+    As a `preprocess_logits_for_metrics` it keeps k numbers per image in memory instead of K.
     """
     return logits.topk(min(k, logits.shape[-1]), dim=-1).indices
 

@@ -1,7 +1,7 @@
-"""What frozen features tell about labels: nearest neighbours and a linear classifier, both from scikit-learn.
+"""Probes of frozen features: nearest neighbours and a linear classifier, both from scikit-learn.
 
-Both are quick looks during training. The linear probe of the papers, with its own optimiser and augmentation, is a
-task of its own.
+Both are quick checks during training. The linear probe of the papers, with its own optimiser and augmentation, is a
+separate task.
 
 Shapes: n images, D features; train and test have their own n.
 """
@@ -36,7 +36,7 @@ def knn_accuracies(
         train_features, test_features: (n, D).
         train_labels, test_labels: (n,), class indices.
         ks: numbers of neighbours that vote; all training images where there are fewer.
-        temperature: small lets the nearest decide, large counts heads.
+        temperature: if small, the nearest decide; if large, all votes count alike.
 
     Returns:
         for each number of neighbours that voted the fraction of test images classified right, in [0, 1].

@@ -1,9 +1,9 @@
-"""Robustness on ImageNet's offspring: the 200 classes of ImageNet-A and -R, and the corruptions of ImageNet-C.
+"""Robustness on variants of ImageNet: the 200 classes of ImageNet-A and -R, and the corruptions of ImageNet-C.
 
 An error is a fraction of images classified wrong, in [0, 1]. A relative error is in per cent of AlexNet's on the same
 corruption, so that mCE, their mean, is 100 for AlexNet itself.
 
-Shapes: B images, C channels, H × W pixels, K classes of a model, k of them that are looked at.
+Shapes: B images, C channels, H × W pixels, K classes of a model, k of them that are evaluated.
 """
 
 import os
@@ -44,7 +44,7 @@ CORRUPTIONS = tuple(ALEXNET_ERRORS)
 SEVERITIES = (1, 2, 3, 4, 5)
 ARCHIVES = ("noise", "blur", "weather", "digital")  # what the published archives unpack to
 
-NAMED = 10  # so many of what is missing are named in an error
+NAMED = 10  # the most missing items that an error names
 
 
 # --- classes --------------------------------------------------------------------------------------------------------
@@ -71,7 +71,7 @@ def _wnids(name: str) -> tuple[str, ...]:
 
 
 def class_positions(classes: Sequence[str], label_names: Sequence[str]) -> list[int]:
-    """Where a set's classes stand among the labels of a model.
+    """The positions of a set's classes among the labels of a model.
 
     `RestrictedClassifier(model, class_positions(imagenet_a_wnids(), label_names))` has the classes of ImageNet-A, in
     the order of that list; `class_positions(set_label_names, imagenet_a_wnids())` gives the labels of a set of images
@@ -108,7 +108,7 @@ def class_positions(classes: Sequence[str], label_names: Sequence[str]) -> list[
 
 
 class RestrictedClassifier(nn.Module):
-    """A classifier that knows only some of its classes, as ImageNet-A and -R are evaluated.
+    """A classifier restricted to some of its classes, as ImageNet-A and -R are evaluated.
 
     Args:
         model: gives `logits` (B, K) for pixel_values (B, C, H, W).
@@ -138,7 +138,7 @@ def corruption_folders(root: str | os.PathLike) -> dict[tuple[str, int], Path]:
     `evaluation_transform(224, crop_ratio=1)`.
 
     Raises:
-        ValueError: `root` is no ImageNet-C, or lacks corruptions or severities; they are named.
+        ValueError: `root` is not an ImageNet-C, or lacks corruptions or severities; they are named.
     """
     root = Path(root)
     expected = "expected <corruption>/<severity>/<class>/*.JPEG, as gaussian_noise/1 or noise/gaussian_noise/1"

@@ -1,4 +1,4 @@
-"""Semantic segmentation: predictions by a sliding window, and the metrics that they are judged by.
+"""Semantic segmentation: predictions by a sliding window, and their metrics.
 
 Shapes: B images, C channels, K classes, h, w height and width of what the model sees, H, W those of the original.
 """
@@ -20,12 +20,13 @@ Predict = Callable[[torch.Tensor], torch.Tensor]
 class MeanIoU(InMemoryMetric):
     """Intersection over union, and accuracy, of label maps (H, W) of any sizes; `compute` counts pixels, not images.
 
-    What `add`, `add_batch` and `compute(predictions=..., references=...)` take is counted at once and not kept: label
-    maps of a whole data set fit no memory. In a run of several processes sum `confusion_matrix` before `compute`:
+    What `add`, `add_batch` and `compute(predictions=..., references=...)` take is counted at once and not kept: the
+    label maps of a whole data set would not fit into memory. In a run of several processes sum `confusion_matrix`
+    before `compute`:
 
         metric.confusion_matrix = accelerator.reduce(metric.confusion_matrix.to(accelerator.device), "sum").cpu()
 
-    `compute` returns, as fractions in [0, 1], and begins anew:
+    `compute` returns, as fractions in [0, 1], and starts over:
         mean_iou: over the classes that occur in truth or prediction.
         mean_accuracy: share of a class's pixels that are right, over the classes that occur in the truth.
         overall_accuracy: share of all pixels that are right.
@@ -37,7 +38,7 @@ class MeanIoU(InMemoryMetric):
         ignore_index: of pixels of the truth that do not count.
 
     Attributes:
-        confusion_matrix: int64 (K, K), pixels of true class (row) that were taken for a class (column).
+        confusion_matrix: int64 (K, K), pixels of a true class (row) that were predicted as a class (column).
     """
 
     def __init__(self, num_classes: int, ignore_index: int = 255):
@@ -81,7 +82,7 @@ class MeanIoU(InMemoryMetric):
     def compute(
         self, *, predictions: Iterable = (), references: Iterable = ()
     ) -> dict[str, float | list[float | None]]:
-        """Counts what is given, and returns the metrics of all that was counted since the last time.
+        """Counts what is given, and returns the metrics of everything counted since the last call.
 
         Raises:
             ValueError: no pixel was counted.
