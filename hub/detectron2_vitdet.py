@@ -1,9 +1,9 @@
 """Encoders and detectors under the names of detectron2's ViTDet (modeling/backbone/vit.py), for those who train there.
 
 Its encoder has no class token and no last norm. An encoder that has seen a class token, as in pre-training and
-wherever no windows are set, gives other features there than here: it is what training starts from. With windows the
+wherever no windows are set, gives other features there than here: it serves as a start for training. With windows the
 features are the same, and so are the maps of the pyramid that is on them. The heads of a detector are not exported:
-detectron2 crops the maps half a place further on, so that trained heads would see something else.
+detectron2 crops the maps half a cell further on, so trained heads would see other features.
 
 D width, L patches, S side of a window.
 """
@@ -32,15 +32,15 @@ def detectron2_state(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """The parameters that a detector of detectron2 has, under its names.
 
     Args:
-        model: a ViT of this project, whatever is on it; the pyramid of a Mask R-CNN comes along.
+        model: a ViT of this project with any head; the pyramid of a Mask R-CNN is included.
 
     Returns:
         `backbone.net.pos_embed` (1, 1+L, D), `backbone.net.blocks.{i}.attn.qkv.weight` (3D, D), the relative positions
         `backbone.net.blocks.{i}.attn.rel_pos_h` (2S-1, D / heads), and so on.
 
     Raises:
-        ValueError: a model that detectron2's ViT cannot be: positions on a grid that is not square, a bias of relative
-            positions as BEiT has it, or windows larger than the grid.
+        ValueError: a model that detectron2's ViT cannot represent: positions on a grid that is not square, a bias
+            of relative positions as BEiT has it, or windows larger than the grid.
     """
     pyramid, encoder = getattr(model, "pyramid", None), model.base_model
     _check_config(encoder.config)

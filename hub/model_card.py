@@ -85,14 +85,14 @@ DOWNSTREAM_FACT_NAMES = {
 
 @dataclass(frozen=True)
 class DenseTask:
-    """What a card says of a model for segmentation or detection.
+    """What a card says about a model for segmentation or detection.
 
     making: what it is, around its encoder.
     model_import: the line that gives its class, after `import mimae`.
     model_class: that class.
     output: a line of Python on the model's output.
     pipeline_tag: the Hub's name of the task.
-    metrics: that every such run measures, with their names; other ones follow by their own.
+    metrics: that every such run measures, with the names they are shown by; others are shown by their own.
     """
 
     making: str
@@ -135,7 +135,7 @@ TEST_SET_NAMES = {
 def write_model_card(
     folder: str | os.PathLike, *, summary: Mapping[str, Any], recipe: Mapping[str, Any], pictures: list[str]
 ) -> Path:
-    """Write `folder/README.md` for a pre-trained model. What `summary` lacks is said to be not measured.
+    """Write `folder/README.md` for a pre-trained model. What `summary` lacks is reported as not measured.
 
     Local paths, tokens and the hosts of addresses outside the Hub are left out of the card.
 
@@ -181,7 +181,7 @@ def write_model_card(
 
 
 def write_classification_card(folder: str | os.PathLike, *, results: Mapping[str, Any], pictures: list[str]) -> Path:
-    """Write `folder/README.md` for a classifier. What `results` lacks is said to be not measured.
+    """Write `folder/README.md` for a classifier. What `results` lacks is reported as not measured.
 
     Args:
         folder: the model's folder.
@@ -278,7 +278,7 @@ def _is_grey(folder: Path) -> bool:
 
 
 def _crop(ratio: float | None) -> str:
-    """The processor that lies beside the model crops nothing, so other figures are to be expected of it."""
+    """A note on the crop: the processor saved with the model does not crop, so its figures will differ."""
     if ratio in (None, 1):
         return ""
     return f", of which the middle {100 * ratio:g} % of each side was seen (the image processor takes all of it)"
@@ -367,7 +367,7 @@ def _title(recipe: Mapping[str, Any], model_type: str | None) -> str:
 
 
 def _start(results: Mapping[str, Any]) -> str | None:
-    """The checkpoint that the encoder came from; `None` where that was not recorded."""
+    """The checkpoint that the encoder came from; `None` if that was not recorded."""
     recipe = results.get("recipe")
     if recipe is None:
         return None

@@ -1,7 +1,7 @@
 """The official MAE's checkpoint files (facebookresearch/mae), which ViTDet and mmsegmentation read, too.
 
-Their names are those of timm's ViT, with a decoder beside it; q, k and v are one layer; the sizes of the model are
-nowhere but in the shapes, and the numbers of heads not even there.
+Their names are those of timm's ViT, with a decoder beside it; q, k and v are one layer. The sizes of the model can
+only be told from the shapes, and the numbers of heads not even from them.
 
 D width, L patches, p patch size, C channels, K classes.
 """

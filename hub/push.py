@@ -3,8 +3,8 @@
     python -m mimae.hub.push CHECKPOINT REPO_ID
     python -m mimae.hub.push CHECKPOINT REPO_ID --private --backbone revision
 
-The access token is the one of `hf auth login`, or of HF_TOKEN. Exit codes: 0 all is there; 1 something failed, and the
-last line says what.
+The access token is the one of `hf auth login`, or of HF_TOKEN. Exit codes: 0 everything was uploaded; 1 something
+failed, and the last line says what.
 """
 
 import argparse
@@ -43,10 +43,10 @@ Backbone = Literal["repo", "revision", "none"]
 
 @dataclass
 class PushReport:
-    """What became of a push.
+    """The outcome of a push.
 
-    `url` and `backbone_url` say where what arrived lies, `None` for what did not. `note` says why there is no
-    backbone where none is possible; `error`, in one line, what failed and what would help.
+    `url` and `backbone_url` are the addresses of what was uploaded, `None` for what was not. `note` says why there is
+    no backbone if none is possible; `error`, in one line, what failed and what would help.
     """
 
     repo_id: str
@@ -56,7 +56,7 @@ class PushReport:
     error: str | None = None
 
     def describe(self) -> str:
-        """A line for each thing that there is to say."""
+        """The report in words, a line for each item."""
         lines = [
             ("pushed    ", self.url),
             ("backbone  ", self.backbone_url),
@@ -107,8 +107,8 @@ def push_checkpoint(
 ) -> PushReport:
     """Upload a model, in one commit, and its encoder as a stock ViT or Swin. Never raises, and changes no local file.
 
-    What goes along is listed in this file: weights, configuration and the code it names, the image processor, the
-    card with the pictures it shows, and the metrics. Optimiser states, checkpoints, logs and all else stay.
+    This file lists what is uploaded: weights, configuration and the code it names, the image processor, the card with
+    the pictures it shows, and the metrics. Optimiser states, checkpoints, logs and everything else stay.
 
     Args:
         folder: a model's folder, as a run leaves it, or one of its checkpoints.
@@ -118,7 +118,7 @@ def push_checkpoint(
         retry_waits: seconds before each further attempt where the Hub cannot be reached, or is busy.
 
     Returns:
-        The report; its `error` is `None` when all is there.
+        The report; its `error` is `None` if everything was uploaded.
     """
     report, branch = PushReport(repo_id), backbone_revision if backbone == "revision" else None
     uploader = Uploader(HfApi(token=token), private, commit_message, retry_waits)
@@ -145,10 +145,10 @@ def push_checkpoint(
 def files_to_push(folder: Path, repo_id: str, token: str | None = None) -> Files:
     """What of a model's folder goes to `repo_id`: path in the repository to a file, or to content made for it.
 
-    The card's snippet names the repository; `results.json` goes without the paths of this machine.
+    The card's snippet names the repository; `results.json` is uploaded without the paths of this machine.
 
     Raises:
-        ValueError: the folder is no model's, it lacks code that its configuration names, or a file holds an access
+        ValueError: the folder holds no model, it lacks code that its configuration names, or a file holds an access
             token.
     """
     missing = next((name for name in ("config.json", "model*.safetensors") if not any(folder.glob(name))), None)

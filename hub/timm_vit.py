@@ -81,7 +81,7 @@ def timm_state(official: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def vit_sizes(config: MIMAEConfig) -> dict[str, Any]:
-    """Of an encoder, by the names that timm and detectron2 share; `img_size` is (height, width)."""
+    """Sizes of an encoder, by the names that timm and detectron2 share; `img_size` is (height, width)."""
     return {
         "img_size": config.image_size_2d,
         "patch_size": config.patch_size,

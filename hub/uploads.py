@@ -1,4 +1,4 @@
-"""Uploads to the Hub that wait and try again where that may help, and say in one line what failed where it may not."""
+"""Uploads to the Hub: retried where that may help, explained in one line where it may not."""
 
 import json
 import logging
