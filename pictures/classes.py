@@ -1,4 +1,4 @@
-"""What a classifier confuses, and how features lie: for those who look rather than read.
+"""Pictures of classes: confusion matrices, and maps of features.
 
 Shapes: n images, D features, K classes.
 """
@@ -19,7 +19,7 @@ from sklearn.metrics import confusion_matrix
 
 INK = "#1a1a1a"
 BLUES = LinearSegmentedColormap.from_list("blues", ["#ffffff", "#8fb4d6", "#2f5d8a", "#16324f"])
-# so many classes can be told apart by colour: ten dark ones, then their light counterparts
+# the most classes that colours tell apart: ten dark ones, then their light counterparts
 CLASS_COLORS = [colormaps["tab20"](index) for index in (*range(0, 20, 2), *range(1, 20, 2))]
 DPI = 150
 
@@ -35,10 +35,10 @@ FEWEST_FOR_TSNE = 50  # it balances about 30 neighbours of each point against th
 def save_confusion_matrix(
     labels: np.ndarray, predictions: np.ndarray, label_names: Sequence[str], path: str | os.PathLike
 ) -> None:
-    """Draw what each class was taken for, in per cent of the class, as a PNG that appears whole or not at all.
+    """Draw the confusion matrix, in per cent of each true class, as a PNG that appears whole or not at all.
 
-    Few classes have their names beside the picture and numbers in it, many are colours only. Colours are spread by
-    the square root, so that rare confusions show.
+    With few classes there are names beside the picture and numbers in it, with many there are colours
+    only. Colours are spread by the square root, so that rare confusions show.
 
     Args:
         labels, predictions: class indices (n,).

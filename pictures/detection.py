@@ -1,4 +1,4 @@
-"""What a detector finds, beside what is there.
+"""Pictures of detections, beside the annotated objects.
 
 Shapes: C channels, H, W height and width of an image, n its objects, m its detections, K classes.
 """
@@ -33,7 +33,7 @@ def save_detections(
     *,
     min_score: float = 0.5,
 ) -> None:
-    """Draw images with their objects and, beside each, with what was detected, as a PNG that appears whole or not.
+    """Draw images with their objects and, beside each, with its detections, as a PNG that appears whole or not.
 
     A class has one colour throughout. Detections are named with their scores, in per cent.
 

@@ -1,4 +1,4 @@
-"""What the model sees and what it makes of it, as a picture.
+"""Pictures of masked views and their reconstructions.
 
 Shapes: B images, N masks per image, C channels, H × W pixels, L units of a mask, P = unit_size² · C values of one, in
 the order of `patchify`. In a mask 1 is masked, 0 is visible.

@@ -1,4 +1,4 @@
-"""What a segmentation model sees in images, beside the truth.
+"""Pictures of predicted segmentations, beside the truth.
 
 Shapes: n images, C channels, H, W height and width of one image, K classes.
 """
@@ -79,7 +79,7 @@ def _check_label_map(labels: np.ndarray, size: tuple[int, int], num_classes: int
 
 
 def _class_colors(num_classes: int) -> np.ndarray:
-    """Colours that can be told apart as well as so many can: float (K, 3)."""
+    """Colours as distinct as their number allows: float (K, 3)."""
     if num_classes <= len(CLASS_COLORS):
         return np.array([to_rgb(color) for color in CLASS_COLORS[:num_classes]])
     number = np.arange(num_classes)
