@@ -1,4 +1,4 @@
-"""Classes by name: those of images, those of a model, and which is which."""
+"""Names of classes: those of images, those of a model, and the mapping between them."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -26,7 +26,7 @@ def numbered(names: Sequence[str]) -> dict[str, Any]:
 
 
 def label_map(source: ImageSource, names: Sequence[str]) -> np.ndarray:
-    """The place in `names` of each label of the images: by name, or the label itself where classes have no names.
+    """The position in `names` of each label of the images: by name, or the label itself if classes have no names.
 
     Returns:
         int64 (classes of the images,), or (len(names),) where nothing has to be mapped.

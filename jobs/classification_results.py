@@ -1,4 +1,4 @@
-"""What a finished classification run leaves for people: `results.json`, pictures, a card, a few lines."""
+"""The results of a finished classification run: `results.json`, pictures, a card, a few lines."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -32,7 +32,7 @@ def write_classification_results(
 
     Args:
         facts: `task`, `seed`, `recipe` (every flag's value), `hardware`, and what else is to be recorded.
-        test_images: that the metrics are of; those that cannot be decoded are not among them.
+        test_images: number of images that the metrics are of, without those that cannot be decoded.
         metrics: on the held-out images; accuracies as fractions.
         label_names: of the classes.
         robustness: metrics of further sets, and corruption tables.

@@ -37,7 +37,7 @@ class DenseRun(DownstreamRun):
         groups: what `DownstreamRun` takes.
 
     Raises:
-        RecipeError: a field of the model that the task decides on.
+        RecipeError: a field of the model that the task itself sets.
     """
 
     IS_DENSE: ClassVar[bool] = True
@@ -65,7 +65,7 @@ class DenseRun(DownstreamRun):
 
         Raises:
             ValueError and its kin, before training starts: a flag, recipe, checkpoint or data set that cannot be used;
-                while it reads, an image whose annotation has a class that is none of the set's.
+                while it reads, an image whose annotation has a class that the set does not have.
         """
         data_class, arguments_class = cls.GROUPS
         groups, model_fields, recipe = parse_arguments(
@@ -88,12 +88,12 @@ class DenseRun(DownstreamRun):
     @property
     @abstractmethod
     def training_images(self) -> DenseSource:
-        """What is trained on."""
+        """The images to train on."""
 
     @property
     @abstractmethod
     def held_out_images(self) -> DenseSource:
-        """What is tested on."""
+        """The held-out images."""
 
     @property
     @abstractmethod
@@ -103,7 +103,7 @@ class DenseRun(DownstreamRun):
     @property
     @abstractmethod
     def evaluation_transform(self) -> DenseTransform:
-        """What test images go through."""
+        """The transform of held-out images."""
 
     @abstractmethod
     def build_model(self) -> PreTrainedModel:
@@ -157,11 +157,11 @@ class DenseRun(DownstreamRun):
         }
 
     def settings(self, schedule: WarmupSchedule) -> dict[str, Any]:
-        """As of any training, and whether images are flipped."""
+        """Those of any training, and whether images are flipped."""
         return {**super().settings(schedule), "horizontal_flip": self.data_args.horizontal_flip}
 
     def facts(self) -> dict[str, Any]:
-        """As of every run, and what was trained on."""
+        """Those of every run, and the training data."""
         return {
             **super().facts(),
             "task": self.TASK,
@@ -208,6 +208,6 @@ class DenseRun(DownstreamRun):
             self.predictions[sample.index] = prediction
 
     def decoded(self, index: int) -> tuple[Any, Any]:
-        """A held-out image as it lies on disk, and its target."""
+        """A held-out image without transform, and its target."""
         source = self.held_out_images
         return source.decode(index, source.read(index), self.num_channels)

@@ -1,4 +1,4 @@
-"""What a finished segmentation or detection run leaves for people: `results.json`, curves, a card, a few lines."""
+"""The results of a finished segmentation or detection run: `results.json`, curves, a card, a few lines."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,9 +27,9 @@ def write_dense_results(
     Args:
         facts: `task` ("segmentation" or "detection"), `seed`, `recipe` (every flag's value), `hardware`, and what
             else is to be recorded.
-        test_images: that the metrics are of; those that cannot be decoded are not among them.
+        test_images: number of images that the metrics are of, without those that cannot be decoded.
         metrics: on the held-out images, as fractions.
-        per_class: IoU of each class by its name, None where it is not defined; None where the task has no such.
+        per_class: IoU of each class by its name, None where it is not defined; None if the task has none.
         pictures: PNG files in `output_dir`, which the card shows before the curves.
 
     Returns:

@@ -228,7 +228,7 @@ class DownstreamRun(ABC):
     def training_arguments(
         self, total_steps: int, steps_per_epoch: int, eval_strategy: str = "steps"
     ) -> TrainingArguments:
-        """Our flags in the words of transformers."""
+        """Our flags as transformers' arguments."""
         args = self.args
 
         def interval(steps: int | None, epochs: float) -> int:
@@ -281,7 +281,7 @@ class DownstreamRun(ABC):
             trainer.take_over(checkpoint)
 
     def begin(self) -> None:
-        """Takes folder and repository into use: not before all that the run needs has been found good."""
+        """Claims folder and repository, once everything that the run needs has been checked."""
         hub = self.hub_args
         self.repo_id = claim_repository(hub.push_to_hub, hub.hub_model_id, hub.hub_private_repo, self.output_dir)
         if self.args.overwrite_output_dir and self.args.resume_from_checkpoint is None:

@@ -1,4 +1,4 @@
-"""What is looked at while a model trains: reconstructions of a few fixed images, and probes of its features.
+"""Monitors of a training: reconstructions of a few fixed images, and probes of the model's features.
 
 Both see images without augmentation, and change nothing: not the model's mode, not the gate, no random state.
 """
@@ -25,7 +25,7 @@ PROBE_BLOCKS = 64
 
 
 class ReconstructionMonitor:
-    """Draws what the model makes of a few images.
+    """Draws the model's reconstructions of a few images.
 
     Args:
         pixel_values: (B, C, H, W), uint8.
@@ -95,7 +95,7 @@ class Probe:
 
 
 class Evaluation:
-    """Everything that is looked at, at one step.
+    """All monitors, at one step.
 
     Args:
         folder: where the pictures go, `step-0000500.png`.

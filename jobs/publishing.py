@@ -1,4 +1,4 @@
-"""From a run's folder to the Hub: asked for before the run, done after it."""
+"""Pushing a run's folder to the Hub: access is checked before the run, the upload follows it."""
 
 import logging
 from pathlib import Path
@@ -24,9 +24,9 @@ def claim_repository(push_to_hub: bool, hub_model_id: str | None, private: bool,
 
 
 def publish(output_dir: Path, repo_id: str | None, private: bool) -> int:
-    """Pushes what a run has left, if it is to be pushed, and returns the exit code; call it on one process only.
+    """Pushes the output of a run, if the flags say so, and returns the exit code; call it on one process only.
 
-    A failure is told in words, and harms nothing: `python -m mimae.hub.push` tries again.
+    A failure is reported and does no harm: `python -m mimae.hub.push` tries again.
     """
     if repo_id is None:
         return 0

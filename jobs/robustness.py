@@ -1,4 +1,4 @@
-"""A classifier on ImageNet's offspring and on corrupted images: sets opened before a training, tested after it."""
+"""Tests of a classifier on variants of ImageNet and on corrupted images: opened before a training, run after it."""
 
 import logging
 import os

@@ -1,4 +1,4 @@
-"""The folder of a run: where it lies, who holds it, and what it may hold when a run begins."""
+"""The folder of a run: its path, its lock, and what it may contain when a run begins."""
 
 import fcntl
 import os
@@ -36,13 +36,13 @@ def claim_output_dir(requested: str | None, recipe: Path, overwrite: bool, resum
 
     Args:
         requested: --output_dir; None = `outputs/<run_name>`, or the first of `outputs/<run_name>-2`, … that is free.
-        overwrite: the run that the folder holds may go; `clear_output_dir` deletes it once all else is ready.
-        resume: go on with it.
+        overwrite: the run in the folder may be deleted; `clear_output_dir` does so once all else is ready.
+        resume: continue it.
 
     Raises:
         OutputDirNotEmptyError: the folder holds a run, and neither `overwrite` nor `resume` says what to do with it.
         OutputDirInUseError: a live process has it.
-        ValueError: nothing says what to resume.
+        ValueError: `resume` without a folder.
     """
     if requested is None and resume:
         raise ValueError("--resume_from_checkpoint needs --output_dir, the folder of the run to go on with")
@@ -101,7 +101,7 @@ class OutputDirLock:
     """One run per output folder.
 
     A POSIX record lock: the kernel drops it with the process that holds it, however that ends, and worker processes
-    do not inherit it. Its price: it is the process that holds it, so it does not part two runs in one process, and
+    do not inherit it. Its price: it is the process that holds it, so it does not separate two runs in one process, and
     closing any other handle on `.lock` in that process drops it.
     """
 
