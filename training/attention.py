@@ -57,7 +57,7 @@ AttentionInterface.register(MATMUL, matmul_attention)
 
 
 def default_attention(device: torch.device, mixed_precision: str) -> str | None:
-    """The attention of a training whose user names none; None leaves it to transformers, which takes "sdpa".
+    """The attention if the user names none; None leaves the choice to transformers, which takes "sdpa".
 
     Args:
         device: where it trains.

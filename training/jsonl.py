@@ -1,4 +1,4 @@
-"""Files of one JSON object a line, as a killed run may leave them: with a last line that was cut."""
+"""Files of one JSON object a line, whose last line may be cut off after a kill."""
 
 import json
 import logging
@@ -11,7 +11,7 @@ logger = logging.getLogger(__name__)
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file, none where there is no file; a line that is no object is passed over, and said so."""
+    """The objects of a file, none where there is no file; a line that is no object is skipped with a warning."""
     lines = path.read_text().splitlines() if path.exists() else []
     objects = []
     for line in lines:

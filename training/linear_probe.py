@@ -62,7 +62,7 @@ class LinearProbe(nn.Module):
         self.register_load_state_dict_post_hook(_do_not_miss_encoder)
 
     def train(self, mode: bool = True) -> "LinearProbe":
-        """As in torch, but for the encoder."""
+        """As in torch, except that the encoder stays in evaluation mode."""
         super().train(mode)
         self.encoder.eval()
         return self

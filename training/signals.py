@@ -19,7 +19,7 @@ class RunStopped(Exception):
 
 
 class WaitEnded(BaseException):
-    """A stop signal came while `StopRequest.ending_waits`. No Exception, lest who tries again what fails catch it."""
+    """A stop signal came within `StopRequest.ending_waits`. Not an Exception, so that no retry loop catches it."""
 
 
 class StopRequest:
@@ -45,7 +45,7 @@ class StopRequest:
 
     @contextlib.contextmanager
     def ending_waits(self) -> Iterator[None]:
-        """Within, a stop signal, or one that has come before, ends what this process waits for. Raises: WaitEnded."""
+        """A context in which a stop signal, even an earlier one, ends any wait of this process. Raises: WaitEnded."""
         self._ends_waits = True
         try:
             if self._signum:

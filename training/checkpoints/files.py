@@ -40,5 +40,5 @@ def read_json(path: str | os.PathLike) -> Any:
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
-    """Write `value` as indented JSON that ends with its last bracket, so that losing a single byte shows."""
+    """Write `value` as indented JSON that ends with its last bracket, so that the loss of a single byte is noticed."""
     Path(path).write_text(json.dumps(value, indent=2), encoding="utf-8")

@@ -131,14 +131,14 @@ def random_state() -> dict[str, torch.Tensor]:
 
 
 def set_random_state(state: dict[str, torch.Tensor]) -> None:
-    """Continue the generators where `random_state` saw them; a GPU's state is passed over where there is no GPU."""
+    """Restore what `random_state` returned; a GPU's state is ignored where there is no GPU."""
     torch.set_rng_state(state["cpu"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
 
 
 def save_process_states(folder: Path, states: list[dict[str, torch.Tensor]]) -> None:
-    """Write what each process has of its own, in the order of ranks."""
+    """Write the states of all processes, in the order of ranks."""
     for rank, state in enumerate(states):
         save_file(state, folder / f"process_{rank}.safetensors")
 

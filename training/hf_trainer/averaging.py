@@ -22,7 +22,7 @@ class WeightAverage(TrainerCallback):
     """average ← decay · average + (1 - decay) · weights after each optimiser step, from the weights at the start.
 
     Checkpoints hold the weights as trained in `model.safetensors`, and their average beside it. When training ends the
-    model has the average for its weights: the best checkpoint's where the Trainer went back to that.
+    model has the averaged weights: those of the best checkpoint if the Trainer went back to it.
 
     Args:
         model: on its device already.
@@ -40,7 +40,7 @@ class WeightAverage(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: nn.Module, **kwargs: Any
     ) -> None:
-        """Takes the new weights in."""
+        """Updates the average."""
         self._average.update(model)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -61,7 +61,7 @@ class WeightAverage(TrainerCallback):
 
     @contextmanager
     def applied_to(self, model: nn.Module) -> Iterator[None]:
-        """Within, the model has the averaged weights."""
+        """A context in which the model has the averaged weights."""
         # Copied, not swapped: an optimiser, a compiled graph and DDP hold on to the tensors themselves.
         trained = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         model.load_state_dict(self.state_dict())
@@ -71,7 +71,7 @@ class WeightAverage(TrainerCallback):
             model.load_state_dict(trained)
 
     def load(self, checkpoint: str | os.PathLike) -> None:
-        """Goes on from the average that a checkpoint holds.
+        """Restores the average that a checkpoint holds.
 
         Raises:
             ValueError: it holds none.

@@ -96,21 +96,21 @@ class DownstreamTrainer(Trainer):
             raise RunStopped(stop.signum)
 
     def take_over(self, checkpoint: str | os.PathLike) -> None:
-        """Ends as the run did that finished at this checkpoint: with its weights, or with their average."""
+        """Takes over the result of the run that finished at this checkpoint: its weights, or their average."""
         self._load_from_checkpoint(str(checkpoint))
         if self.weight_average:
             self.model.load_state_dict(self.weight_average.state_dict())
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        """As in Trainer, of the model as it is to be judged."""
+        """As in Trainer, on `model_to_evaluate`."""
         with self.model_to_evaluate():
             return super().evaluation_loop(*args, **kwargs)
 
     @contextlib.contextmanager
     def model_to_evaluate(self) -> Iterator[nn.Module]:
-        """Within, the model has the averaged weights, where they are kept, and the main process's running statistics.
+        """A context in which the model has the averaged weights, if any, and the main process's running statistics.
 
-        DDP brings these together in training passes only: without it each process would test a model of its own.
+        DDP synchronises these in training passes only: without this each process would test a model of its own.
         """
         if self.args.world_size > 1:
             for buffer in self.model.buffers():

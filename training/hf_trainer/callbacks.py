@@ -1,4 +1,4 @@
-"""Checkpoints of `transformers.Trainer` as safe as those of pre-training: damage is noticed, another run's refused."""
+"""Callbacks that make checkpoints of `transformers.Trainer` as safe as pre-training's, and stop a run in order."""
 
 import logging
 import math
@@ -143,7 +143,7 @@ class BadImageLimit(TrainerCallback):
 
 
 class StopAtNonFiniteLoss(TrainerCallback):
-    """Ends a run whose loss is no number any more; Trainer would go on to the last step."""
+    """Ends a run whose loss is no longer finite; Trainer would go on to the last step."""
 
     def on_log(
         self,

@@ -1,4 +1,4 @@
-"""`DownstreamTrainer` for classifiers, whose evaluation keeps of each image its best classes and its loss.
+"""`DownstreamTrainer` for classifiers, whose evaluation keeps the best classes and the loss of each image.
 
 Shapes: B images in a batch, n in a set, K classes. A model with several heads has logits (B, heads, K).
 """
@@ -49,7 +49,7 @@ class ClassificationTrainer(DownstreamTrainer):
         )
 
     def test(self, loader: DataLoader) -> Tested:
-        """Evaluates on other images, and gives what the model said of each. Collective.
+        """Evaluates on other images, and returns the predictions, too. Collective.
 
         Returns:
             `loss` and the metrics by their plain names, the ranked classes (n, 5) that they are of, and the labels
@@ -75,7 +75,7 @@ def rank_classes(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tens
 def exact_metrics(
     compute_metrics: Callable[[EvalPrediction], dict[str, float]],
 ) -> Callable[[EvalPrediction], dict[str, float]]:
-    """Metrics over the images that are no padding, and their mean loss, of what `rank_classes` kept.
+    """Metrics over the images that are not padding, and their mean loss, from what `rank_classes` kept.
 
     It replaces Trainer's own loss, a mean over batches in which the padded last one weighs as much as any.
     """

@@ -17,7 +17,7 @@ EvaluateModel = Callable[[nn.Module], dict[str, float]]
 class DenseTrainer(DownstreamTrainer):
     """A `DownstreamTrainer` that hands the model to a function of the task, and logs the parts of its loss.
 
-    What the model's output holds as `…_loss` beside `loss` is logged with it: its mean over the same steps.
+    Every `…_loss` in the model's output is logged beside `loss`: its mean over the same steps.
 
     Args:
         model, args, options: see `DownstreamTrainer`.
@@ -41,7 +41,7 @@ class DenseTrainer(DownstreamTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, Any]:
-        """As in Trainer, and its parts are summed up."""
+        """As in Trainer; also sums up the parts of the loss."""
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         share = 1 / self.current_gradient_accumulation_steps
         for name, part in outputs.items():
@@ -51,7 +51,7 @@ class DenseTrainer(DownstreamTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As in Trainer; the loss takes its parts along, as means over steps and processes."""
+        """As in Trainer; adds the parts of the loss, as means over steps and processes."""
         if "loss" in logs:
             logs.update(self._mean_parts())
         super().log(logs, start_time)
@@ -65,7 +65,7 @@ class DenseTrainer(DownstreamTrainer):
         return dict(zip(names, self.accelerator.reduce(torch.stack(sums) / steps, "mean").tolist(), strict=True))
 
     def test(self) -> dict[str, float]:
-        """The task's metrics of the model as it is, by their plain names. Collective.
+        """The task's metrics of the current model, by their plain names. Collective.
 
         Raises:
             FloatingPointError: one of them is not finite.
@@ -82,7 +82,7 @@ class DenseTrainer(DownstreamTrainer):
         return metrics
 
     def final_metrics(self) -> dict[str, float]:
-        """The task's metrics after the training: the last step may have been evaluated. Collective."""
+        """The task's metrics after the training, from the last step's evaluation if there was one. Collective."""
         if self._newest is not None and self._newest[0] == self.args.max_steps:
             return self._newest[1]
         return self.test()
