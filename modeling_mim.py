@@ -175,7 +175,7 @@ def init_linear(linear: nn.Linear, std: float | None) -> None:
 
 
 class MIMPreTrainedMixin:
-    """Loading and saving, for all classes of both models. Goes before transformers' class of the encoder."""
+    """Loading and saving, for all classes of both models. As a base it goes before transformers' class."""
 
     # V predicts a variance that is divided by; bfloat16 weights would not do
     _keep_in_fp32_modules_strict = ("approximator",)

@@ -128,7 +128,7 @@ class MIMAEEmbeddings(ViTMAEEmbeddings):
 
 
 class MIMAELastDecoderLayer(ViTMAELayer):
-    """ViTMAE's block, of whose output the first tokens are left out; to the others they are keys and values."""
+    """ViTMAE's block without the output of the first tokens, which are keys and values for the others."""
 
     def forward(self, hidden_states: torch.Tensor, first_query: int) -> torch.Tensor:
         """(B·N, T, D) → (B·N, T - first_query, D)."""
@@ -258,12 +258,12 @@ class MIMAEPreTrainedModel(MIMPreTrainedMixin, ViTMAEPreTrainedModel):
                 module.decoder_pos_embed.requires_grad_(False)
 
     def no_weight_decay(self) -> set[str]:
-        """Names of what does not decay although it has more than one dimension, in timm's convention: nothing."""
+        """Names of the parameters with more than one dimension that do not decay, in timm's convention: none."""
         return set()
 
 
 def build_blocks(config: MIMAEConfig, make: Callable[[int], ViTMAELayer]) -> nn.ModuleList:
-    """The encoder's blocks, each made from its place, with drop path at a rate that grows from 0 in the first."""
+    """The encoder's blocks, each made from its index, with drop path at a rate that grows from 0 in the first."""
     blocks = nn.ModuleList(make(depth) for depth in range(config.num_hidden_layers))
     for depth, block in enumerate(blocks):
         rate = config.drop_path_rate * depth / max(1, config.num_hidden_layers - 1)
@@ -275,7 +275,7 @@ def build_blocks(config: MIMAEConfig, make: Callable[[int], ViTMAELayer]) -> nn.
 class MIMAEModel(MIMEncoderMixin, MIMAEPreTrainedModel, ViTMAEModel):
     """The encoder. `forward` and `encode` see the whole image and are deterministic; `forward_masked` sees views."""
 
-    # any checkpoint is loaded for its encoder without a word about the rest
+    # any checkpoint is loaded for its encoder without warnings about the rest
     _keys_to_ignore_on_load_unexpected = (
         r"^decoder\.",
         r"^approximator\.",
@@ -319,7 +319,7 @@ class MIMAEModel(MIMEncoderMixin, MIMAEPreTrainedModel, ViTMAEModel):
     def encode_views(
         self, patches: torch.Tensor, ids_visible: torch.Tensor, mask: torch.Tensor, **kwargs
     ) -> MaskedOutput:
-        """What is visible of patches (B, L, D), and nothing else, through the encoder; see `draw_masks`."""
+        """Encodes the visible ones of the patches (B, L, D), and nothing else; see `draw_masks`."""
         num_views = self.config.num_views
         views = patches.unsqueeze(1).expand(-1, num_views, -1, -1)  # (B, N, L, D), not copied
         visible_embeddings = gather_patches(views, ids_visible)  # (B, N, V, D)
@@ -332,7 +332,7 @@ class MIMAEModel(MIMEncoderMixin, MIMAEPreTrainedModel, ViTMAEModel):
         )
 
     def modules_by_depth(self) -> list[nn.Module]:
-        """For layer decay: the embeddings, then the blocks; what is in none of them is the last norm."""
+        """For layer decay: the embeddings, then the blocks; only the last norm is in none of them."""
         return [self.embeddings, *self.layers]
 
     def _encode_sequence(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
@@ -382,7 +382,7 @@ class MIMAEForImageClassification(MIMForImageClassificationMixin, MIMAEPreTraine
     place of the encoder's last LayerNorm, which is gone.
     """
 
-    # a checkpoint is loaded for its encoder without a word about the rest
+    # a checkpoint is loaded for its encoder without warnings about the rest
     _keys_to_ignore_on_load_unexpected = (
         r"^decoder\.",
         r"^approximator\.",

@@ -23,7 +23,7 @@ from .modeling_mimae import MIMAEEmbeddings, MIMAEPreTrainedModel, build_blocks
 
 
 def split_into_windows(tokens: torch.Tensor, window_size: int) -> torch.Tensor:
-    """(B, h, w, D) → (B · M, S, S, D), windows row by row; zeros fill up those at the right and at the bottom."""
+    """(B, h, w, D) → (B · M, S, S, D), windows row by row, padded with zeros at the right and bottom."""
     height, width = tokens.shape[1:3]
     tokens = nn.functional.pad(tokens, (0, 0, 0, -width % window_size, 0, -height % window_size))
     windows = tokens.unflatten(2, (-1, window_size)).unflatten(1, (-1, window_size))  # (B, h/S, S, w/S, S, D)
@@ -31,7 +31,7 @@ def split_into_windows(tokens: torch.Tensor, window_size: int) -> torch.Tensor:
 
 
 def join_windows(windows: torch.Tensor, grid_size: tuple[int, int]) -> torch.Tensor:
-    """(B · M, S, S, D) → (B, h, w, D): undoes `split_into_windows`, and cuts off what it has added."""
+    """(B · M, S, S, D) → (B, h, w, D): undoes `split_into_windows`, and removes its padding."""
     height, width = grid_size
     window_size = windows.shape[1]
     rows, columns = -(-height // window_size), -(-width // window_size)
@@ -68,8 +68,8 @@ class RelativePositionBias(nn.Module):
     """A number for each offset and head, as in BEiT; three more for the class token as query, as key, and as both.
 
     Args:
-        grid_size: (h, w) that the offsets are of. For another grid the table is interpolated, but
-        is_window: in windows, which are smaller on a grid smaller than they, offsets stay what they are.
+        grid_size: (h, w) that the offsets are of. For another grid the table is interpolated.
+        is_window: do not interpolate: on a grid smaller than a window, offsets keep their meaning.
     """
 
     def __init__(self, num_heads: int, grid_size: tuple[int, int], *, has_class_token: bool, is_window: bool = False):
@@ -134,7 +134,7 @@ class RelativePositionEmbeddings(nn.Module):
 class MIMAEBackboneAttention(ViTMAEAttention):
     """Self-attention of a block, within windows where it has them, with relative positions where the model has them.
 
-    As in ViTDet, the zeros that fill up windows take part. A window that covers the whole grid is none.
+    As in ViTDet, the zeros that pad windows take part. If a window covers the whole grid, attention is global.
     """
 
     def __init__(self, config: MIMAEConfig, window_size: int | None):
@@ -189,7 +189,7 @@ class MIMAEBackboneAttention(ViTMAEAttention):
 
 
 class MIMAEBackboneLayer(ViTMAELayer):
-    """A block with an attention of this file's."""
+    """A block with the attention of this file."""
 
     def __init__(self, config: MIMAEConfig, window_size: int | None):
         super().__init__(config)
@@ -214,14 +214,14 @@ class MIMAEFeaturePyramid(nn.ModuleList):
 class MIMAEBackbone(BackboneMixin, MIMAEPreTrainedModel):
     """The encoder for `AutoBackbone`, UperNet and Mask R-CNN: it gives feature maps, of images of any size.
 
-    The maps are the blocks' outputs before the last LayerNorm, which is not there. Every parameter is trained, the
-    positions too, as in fine-tuning.
+    The maps are the blocks' outputs, without the encoder's last LayerNorm. Every parameter is trained, the positions
+    too, as in fine-tuning.
 
     Raises:
         ValueError: `add_fpn` without four `out_indices`, or what else `MIMAEConfig` refuses of windows and positions.
     """
 
-    # a checkpoint is loaded for its encoder without a word about the rest
+    # a checkpoint is loaded for its encoder without warnings about the rest
     _keys_to_ignore_on_load_unexpected = (
         r"^decoder\.",
         r"^approximator\.",
@@ -303,7 +303,7 @@ class MIMAEBackbone(BackboneMixin, MIMAEPreTrainedModel):
                 init.zeros_(table)
 
     def freeze_fixed_parameters(self):
-        """Nothing is fixed; a class token that is not used gets no gradient, and data-parallel training would wait."""
+        """Nothing is fixed but an unused class token: data-parallel training would wait for its gradient."""
         self.embeddings.position_embeddings.requires_grad_(True)
         self.embeddings.cls_token.requires_grad_(self.has_class_token)
 

@@ -143,7 +143,7 @@ class MISimMIMPreTrainedModel(MIMPreTrainedMixin, SwinPreTrainedModel):
             init.copy_(module.relative_position_index, module._create_relative_position_index().view(-1))
 
     def no_weight_decay(self) -> set[str]:
-        """Names of what does not decay although it has more than one dimension, in timm's convention."""
+        """Names of the parameters with more than one dimension that do not decay, in timm's convention."""
         undecayed = ("mask_token", "relative_position_bias_table")
         return {name for name, _ in self.named_parameters() if name.endswith(undecayed)}
 
@@ -167,7 +167,7 @@ class MISimMIMEncoder(MISimMIMPreTrainedModel, SwinEncoder):
 class MISimMIMModel(MIMEncoderMixin, MISimMIMPreTrainedModel, SwinModel):
     """The encoder. `forward` and `encode` see the whole image; `forward_masked`, with a mask token, sees views."""
 
-    # any checkpoint is loaded for its encoder without a word about the rest
+    # any checkpoint is loaded for its encoder without warnings about the rest
     _keys_to_ignore_on_load_unexpected = (
         *SwinPreTrainedModel._keys_to_ignore_on_load_unexpected,
         r"^decoder\.",
@@ -209,7 +209,7 @@ class MISimMIMModel(MIMEncoderMixin, MISimMIMPreTrainedModel, SwinModel):
     def encode_views(
         self, patches: torch.Tensor, ids_visible: torch.Tensor, mask: torch.Tensor, **kwargs
     ) -> MaskedOutput:
-        """Patches (B, D₁, H/p, W/p), mask tokens in place of those masked, through the encoder; see `draw_masks`."""
+        """Encodes patches (B, D₁, H/p, W/p), with mask tokens in place of the masked ones; see `draw_masks`."""
         if self.embeddings.mask_token is None:
             raise ValueError(
                 "this encoder has no mask token: build it with use_mask_token=True to show it masked views"
@@ -245,7 +245,7 @@ class MISimMIMModel(MIMEncoderMixin, MISimMIMPreTrainedModel, SwinModel):
         return output, as_map(self.layernorm(output.last_hidden_state), map_size)
 
     def modules_by_depth(self) -> list[nn.Module]:
-        """For layer decay: the embeddings, then the blocks of all stages; what is in none of them is the last norm.
+        """For layer decay: the embeddings, then the blocks of all stages; only the last norm is in none of them.
 
         As in the official SimMIM, a stage's downsampling counts to its last block.
         """
@@ -287,7 +287,7 @@ class MISimMIMForImageClassification(
 ):
     """The encoder with a linear classifier on the mean of the last map, for fine-tuning as SimMIM does it."""
 
-    # a checkpoint is loaded for its encoder without a word about the rest
+    # a checkpoint is loaded for its encoder without warnings about the rest
     _keys_to_ignore_on_load_unexpected = MISimMIMModel._keys_to_ignore_on_load_unexpected
 
     def __init__(self, config: MISimMIMConfig):

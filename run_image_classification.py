@@ -231,7 +231,7 @@ class ClassificationRun(DownstreamRun):
     def robustness_tests(self, names: Sequence[str]) -> dict[str, RobustnessTest]:
         """A test for each further set that the flags name: of a trainer's model, whose classes have these names.
 
-        The sets are opened here: what is wrong with one is told before anything is trained.
+        The sets are opened here, so that errors are reported before anything is trained.
         """
         data_args = self.data_args
         folders = {
@@ -283,7 +283,7 @@ class ClassificationRun(DownstreamRun):
 
     @cached_property
     def held_out_images(self) -> ImageSource:
-        """What is tested on.
+        """The held-out images.
 
         Raises:
             ValueError: there is nothing.
@@ -342,7 +342,7 @@ class ClassificationRun(DownstreamRun):
         return self.load(self.family.encoder_class, self.start.config(**self.family.poolings[self.pooling]))
 
     def probing_classifier(self, encoder: PreTrainedModel, linear: nn.Linear, names: Sequence[str]) -> PreTrainedModel:
-        """A frozen encoder and what a probe has learned on its features, as one model."""
+        """A frozen encoder and the classifier probed on its features, as one model."""
         config = self.start.config(numbered(names), **self.family.poolings[self.pooling])
         model = self.family.classification_class(config)
         model.base_model.load_state_dict(encoder.state_dict())
@@ -388,7 +388,7 @@ class ClassificationRun(DownstreamRun):
         )
 
     def settings(self, schedule: WarmupSchedule) -> dict[str, Any]:
-        """As of any training, and how features are pooled, and what training images go through."""
+        """Those of any training, the pooling of features, and the augmentation."""
         return {
             **super().settings(schedule),
             "feature_pooling": self.pooling,
@@ -397,7 +397,7 @@ class ClassificationRun(DownstreamRun):
         }
 
     def train_and_test(self, trainer: ClassificationTrainer) -> Tested:
-        """Trains, and tests what came of it.
+        """Trains the model and tests it.
 
         Raises:
             FloatingPointError, RunStopped: see `train`; also where the loss on held-out images is not finite.
@@ -446,7 +446,7 @@ class ClassificationRun(DownstreamRun):
         return self.features(model, self.held_out_images, names, probe_indices(self.held_out_images, PICTURED_IMAGES))
 
     def facts(self) -> dict[str, Any]:
-        """As of any run, and the images."""
+        """Those of any run, and the images."""
         data_args = self.data_args
         return {
             "task": self.args.task,

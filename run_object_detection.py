@@ -3,8 +3,8 @@
     accelerate launch run_object_detection.py --config recipes/coco/….yaml --model_name_or_path CHECKPOINT
 
 The encoder comes from a pre-training checkpoint of this project, from facebook/vit-mae-base, or from a stock ViT;
-`--untrained` takes its architecture alone, `--preset vit-base` starts from nothing. Images come with annotations in
-COCO's format. The result is a `mimae.dense.mask_rcnn.MaskRCNNForInstanceSegmentation`.
+`--untrained` takes its architecture alone, `--preset vit-base` starts from random weights. Images come with
+annotations in COCO's format. The result is a `mimae.dense.mask_rcnn.MaskRCNNForInstanceSegmentation`.
 
 Exit codes: 0 done; 143 after SIGTERM and 138 after SIGUSR1 while training, with a checkpoint of that very step; 1 on
 an error, or when all is done but the upload failed.
@@ -94,7 +94,7 @@ class DetectionRun(DenseRun):
 
     @property
     def evaluation_transform(self) -> DenseTransform:
-        """Resized whole."""
+        """Resizes the whole image."""
         return detection_evaluation_transform(self.image_size[0], mean=self.mean, std=self.std)
 
     @property

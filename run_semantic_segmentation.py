@@ -3,8 +3,8 @@
     accelerate launch run_semantic_segmentation.py --config recipes/ade20k/….yaml --model_name_or_path CHECKPOINT
 
 The encoder comes from a pre-training checkpoint of this project, from facebook/vit-mae-base, or from a stock ViT;
-`--untrained` takes its architecture alone, `--preset vit-base` starts from nothing. Images come from a folder of
-image/mask pairs (`--train_dir`), as ADE20K's, or from 🤗 Datasets. The result is a `UperNetForSemanticSegmentation`
+`--untrained` takes its architecture alone, `--preset vit-base` starts from random weights. Images come from a folder
+of image/mask pairs (`--train_dir`), as ADE20K's, or from 🤗 Datasets. The result is a `UperNetForSemanticSegmentation`
 of transformers, which loads once `mimae` is imported.
 
 Exit codes: 0 done; 143 after SIGTERM and 138 after SIGUSR1 while training, with a checkpoint of that very step; 1 on
@@ -128,14 +128,14 @@ class SegmentationRun(DenseRun):
 
     @property
     def evaluation_transform(self) -> DenseTransform:
-        """Resized whole."""
+        """Resizes the whole image."""
         return segmentation_evaluation_transform(
             self.args.short_side, self.args.long_side_limit, mean=self.mean, std=self.std
         )
 
     @property
     def image_processor(self) -> SegformerImageProcessor:
-        """Resizes to one window: good for a look, while this script's own evaluation slides."""
+        """Resizes to one window, good enough for a first look; this script's own evaluation uses sliding windows."""
         side = self.args.crop_size
         return SegformerImageProcessor(
             size={"height": side, "width": side},
