@@ -29,8 +29,9 @@ from mimae.data.batches.loaders import PretrainingLoader, evaluation_batches
 from mimae.data.images.processor import build_image_processor, channel_statistics
 from mimae.data.images.transforms import Normalization, evaluation_transform, pretraining_transform
 from mimae.data.sources.opening import ImageSource
-from mimae.data.words import some
-from mimae.families.registry import CONFIG_CLASSES, FAMILIES, Family, family_named
+from mimae.families.family import Family
+from mimae.families.registry import CONFIG_CLASSES, family_named
+from mimae.families.warm_start import compare_with_checkpoint, pretraining_model
 from mimae.flags.data import DataArguments
 from mimae.flags.hub import HubArguments
 from mimae.flags.model import ModelArguments
@@ -58,7 +59,6 @@ from mimae.training.trainer import Intervals, Pretrainer
 logger = logging.getLogger("mimae")
 
 RECIPES = Path(__file__).parent / "recipes"
-DEFAULT_RECIPES = {"misimmim": "digits/misimmim.yaml"}  # of other models, the demo
 NUM_PICTURES = 8
 
 
@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None, observer: TrainingObserver | None = 
         ValueError and its kin, before training starts: a flag, recipe, data set or folder that cannot be used.
     """
     groups = (ModelArguments, DataArguments, PretrainingArguments, HubArguments)
-    default_recipe = RECIPES / DEFAULT_RECIPES.get(flag_value(argv, "model_type"), "demo.yaml")
+    default_recipe = RECIPES / family_named(flag_value(argv, "model_type")).default_recipe
     (model_args, data_args, args, hub_args), model_fields, recipe = parse_arguments(
         argv, groups, CONFIG_CLASSES, default_recipe=default_recipe, description=__doc__
     )
@@ -164,46 +164,11 @@ def build_model(
 ) -> PreTrainedModel:
     """The model, from scratch or with the weights of the checkpoint `start`."""
     attention = model_args.attn_implementation or default_attention(accelerator.device, accelerator.mixed_precision)
-    if start is None:
-        config._attn_implementation = attention
-        model = family.pretraining_class(config)
-    else:
-        model, info = family.pretraining_class.from_pretrained(
-            start, config=config, attn_implementation=attention, output_loading_info=True
-        )
-        if info["missing_keys"]:
-            logger.info("not in %s, and new: %s", start, some(sorted(info["missing_keys"])))
+    model = pretraining_model(family, config, start, attention)
     logger.info("attention: %s", model.config._attn_implementation)
     if model_args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     return model
-
-
-def compare_with_checkpoint(family: Family, config: PreTrainedConfig, path: str) -> list[str]:
-    """On a warm start the recipe's values win. Says where they differ.
-
-    Raises:
-        ValueError: the checkpoint is of another kind of model, or its sizes are not the recipe's; names them.
-    """
-    saved = PreTrainedConfig.get_config_dict(path)[0]
-    kind = saved.get("model_type")
-    if kind not in family.pretraining_types:
-        fitting = [name for name, other in FAMILIES.items() if kind in other.pretraining_types]
-        remedy = f"it starts a model_type: {fitting[0]}" if fitting else "nothing here starts from it"
-        raise ValueError(
-            f"{path} is a {kind!r} model; with model_type {family.name!r}, --model_name_or_path takes one of "
-            f"{family.pretraining_types}; {remedy}"
-        )
-    # what the checkpoint does not say has the default of transformers' own model, the older of the two layouts
-    there = json.loads(json.dumps({**family.stock_config_class().to_dict(), **saved}))
-    here = json.loads(json.dumps({name: getattr(config, name) for name in config_fields(type(config))}))
-    differing = [name for name in here if name in there and there[name] != here[name]]
-    if clashes := [name for name in differing if name in family.size_fields]:
-        words = "; ".join(f"{name}: {there[name]} there, {here[name]} in the recipe" for name in clashes)
-        raise ValueError(
-            f"the weights of {path} do not fit the recipe's model ({words}); choose its preset or give these values"
-        )
-    return [f"{name}={here[name]}, the recipe's, not the checkpoint's {there[name]}" for name in differing]
 
 
 def start_processes(args: PretrainingArguments, recipe: Path) -> tuple[Accelerator, Path]:

@@ -1,7 +1,8 @@
-"""Models for downstream tasks, from whatever checkpoint there is: this project's, ViTMAE's, stock ViT's or Swin's.
+"""Models that start from whatever checkpoint there is: this project's, or a stock model that a family takes.
 
-The checkpoint says of which family the model is, and how the encoder is built. A recipe may change what touches none
-of its weights, and the sizes of images and windows, for which they are made to fit.
+In pre-training the recipe says how the model is built, and the weights must fit. In a downstream task the checkpoint
+says of which family the model is, and how the encoder is built; a recipe may change what touches none of its weights,
+and the sizes of images and windows, for which they are made to fit.
 """
 
 import json
@@ -15,19 +16,56 @@ from safetensors import SafetensorError
 from transformers import AutoImageProcessor, PreTrainedConfig, PreTrainedModel
 
 from ..data.words import some
-from .geometry import fit_relative_positions
-from .registry import FAMILIES
+from ..flags.recipes import config_fields
+from .family import FAMILIES, Family
 
 logger = logging.getLogger(__name__)
 
-MODEL_TYPES = tuple(name for family in FAMILIES.values() for name in family.downstream_types)
 # fields of a config.json that describe the file, not the model
 FILE_FIELDS = ("architectures", "auto_map", "model_type", "transformers_version", "dtype")
-HEAD_KEYS = ("classifier.", "fc_norm.")
-# of a backbone, beside an encoder's
-RELATIVE = re.compile(r"^layers\.\d+\.attention\.relative_position")
-BACKBONE_KEYS = re.compile(rf"fpn\.|{RELATIVE.pattern}")
 LAST_NORM = ("layernorm.weight", "layernorm.bias")
+
+
+def compare_with_checkpoint(family: Family, config: PreTrainedConfig, path: str) -> list[str]:
+    """On a warm start of pre-training the recipe's values win. Says where they differ.
+
+    Raises:
+        ValueError: the checkpoint is of another kind of model, or its sizes are not the recipe's; names them.
+    """
+    saved = PreTrainedConfig.get_config_dict(path)[0]
+    kind = saved.get("model_type")
+    if kind not in family.pretraining_types:
+        fitting = [name for name, other in FAMILIES.items() if kind in other.pretraining_types]
+        remedy = f"it starts a model_type: {fitting[0]}" if fitting else "nothing here starts from it"
+        raise ValueError(
+            f"{path} is a {kind!r} model; with model_type {family.name!r}, --model_name_or_path takes one of "
+            f"{family.pretraining_types}; {remedy}"
+        )
+    # what the checkpoint does not say has the default of transformers' own model, the older of the two layouts
+    there = _as_json(family.complete(saved))
+    here = _as_json({name: getattr(config, name) for name in config_fields(type(config))})
+    differing = [name for name in here if name in there and there[name] != here[name]]
+    if clashes := [name for name in differing if name in family.size_fields]:
+        words = "; ".join(f"{name}: {there[name]} there, {here[name]} in the recipe" for name in clashes)
+        raise ValueError(
+            f"the weights of {path} do not fit the recipe's model ({words}); choose its preset or give these values"
+        )
+    return [f"{name}={here[name]}, the recipe's, not the checkpoint's {there[name]}" for name in differing]
+
+
+def pretraining_model(
+    family: Family, config: PreTrainedConfig, path: str | None, attn_implementation: str | None
+) -> PreTrainedModel:
+    """The model for pre-training: from scratch, or with the weights of a checkpoint; the log names what is new."""
+    if path is None:
+        config._attn_implementation = attn_implementation
+        return family.pretraining_class(config)
+    model, info = family.pretraining_class.from_pretrained(
+        path, config=config, attn_implementation=attn_implementation, output_loading_info=True
+    )
+    if info["missing_keys"]:
+        logger.info("not in %s, and new: %s", path, some(sorted(info["missing_keys"])))
+    return model
 
 
 class UnfitCheckpointError(ValueError):
@@ -53,11 +91,12 @@ class Checkpoint:
                 f"{str(error).splitlines()[0]}"
             ) from error
         self.path, self.model_type = path, self.saved.get("model_type")
-        if self.model_type not in MODEL_TYPES:
+        owners = {name: family for family in FAMILIES.values() for name in family.downstream_types}
+        if self.model_type not in owners:
             raise UnfitCheckpointError(
-                f"{path} is a {self.model_type!r} model; --model_name_or_path takes one of {MODEL_TYPES}"
+                f"{path} is a {self.model_type!r} model; --model_name_or_path takes one of {tuple(owners)}"
             )
-        self.family = next(family for family in FAMILIES.values() if self.model_type in family.downstream_types)
+        self.family = owners[self.model_type]
         known = self.family.config_class.__dataclass_fields__.keys() - set(FILE_FIELDS)
         self._fields = {name: value for name, value in self._all_fields().items() if name in known}
 
@@ -65,7 +104,7 @@ class Checkpoint:
         """What `config.json` says, and of a stock model what it leaves to that model's class."""
         if self.model_type == self.family.name:
             return self.saved
-        fields = {**self.family.stock_config_class().to_dict(), **self.saved}
+        fields = self.family.complete(self.saved)
         return {**fields, **self.family.stock_fields(fields, self.is_classifier)}
 
     @property
@@ -119,7 +158,7 @@ class Checkpoint:
         Raises:
             UnfitCheckpointError: a part of the encoder is missing, or of the head where it must be there; a file that
                 cannot be read.
-            ValueError: weights that cannot be made to fit; see `geometry`.
+            ValueError: weights that cannot be made to fit; see the family's `fit_weights`.
         """
         there = self._config_there()
         geometry = {name: getattr(there, name) for name in self.family.geometry_fields}
@@ -135,7 +174,11 @@ class Checkpoint:
         except SafetensorError as error:
             raise UnfitCheckpointError(f"the weights of {self.path} cannot be read: {error}") from error
         unfit = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
-        if lacking := [key for key in unfit if with_head or not _may_be_new(key)]:
+        of_head, of_backbone = (
+            [key for key in unfit if any(re.match(each, key) for each in patterns)]
+            for patterns in (self.family.head_keys, self.family.backbone_keys)
+        )
+        if lacking := unfit if with_head else [key for key in unfit if key not in of_head + of_backbone]:
             hint = (
                 ". (A classifier on averaged patches has no last LayerNorm: take the checkpoint that it was made from)"
                 if all(key.endswith(LAST_NORM) for key in lacking)
@@ -144,18 +187,14 @@ class Checkpoint:
             raise UnfitCheckpointError(
                 f"{self.path} lacks some weights, or has them in another shape: {some(lacking)}{hint}"
             )
-        if any(key.startswith(HEAD_KEYS) for key in unfit):
+        if of_head:
             logger.info("%s has no head that fits: a new one starts from random weights", self.path)
-        new = {key for key in unfit if BACKBONE_KEYS.match(key)}
         if any(_as_json(getattr(config, name)) != _as_json(value) for name, value in geometry.items()):
             config._attn_implementation = model.config._attn_implementation
-            state = self.family.fit_weights(model.state_dict(), there, config)
-            model = model_class(config)
-            shapes = {key: value.shape for key, value in model.state_dict().items()}
-            relative = {key: fit_relative_positions(state[key], shapes[key]) for key in state if RELATIVE.search(key)}
-            model.load_state_dict({**state, **relative})
-        if new:
-            names = sorted({re.sub(r"\.\d+\.", ".*.", key) for key in new})
+            state, model = model.state_dict(), model_class(config)
+            model.load_state_dict(self.family.fit_weights(state, there, model))
+        if of_backbone:
+            names = sorted({re.sub(r"\.\d+\.", ".*.", key) for key in of_backbone})
             logger.info("new, as %s has no weights for it: %s", self.path, ", ".join(names))
         return model
 
@@ -171,10 +210,6 @@ class Checkpoint:
             logger.info("%s has no image processor: the mean and deviation of its images are not known", self.path)
             return None, None
         return list(processor.image_mean), list(processor.image_std)
-
-
-def _may_be_new(key: str) -> bool:
-    return key.startswith(HEAD_KEYS) or BACKBONE_KEYS.match(key) is not None
 
 
 def _as_json(value: Any) -> Any:

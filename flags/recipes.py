@@ -83,16 +83,21 @@ def parse_arguments(
 
 
 def _add_model_flags(parser: argparse.ArgumentParser, config_classes: Sequence[type[PreTrainedConfig]]) -> set[str]:
-    """Adds the fields of the models' configurations as flags, those of all models first; returns their names."""
-    fields_of = {config_class: config_fields(config_class) for config_class in config_classes}
-    shared = [name for name in fields_of[config_classes[0]] if all(name in own for own in fields_of.values())]
-    names = " and ".join(config_class.__name__ for config_class in config_classes)
-    groups = [(f"fields of {names}", config_classes, shared)]
-    for config_class, own in fields_of.items():
-        alone = [name for name in own if name not in shared]
-        groups.append((f"fields of {config_class.__name__} alone", [config_class], alone))
-    for title, owners, members in groups:
-        group = parser.add_argument_group(title)
+    """Adds the fields of the models' configurations as flags, a group for each set of models that have them.
+
+    Returns:
+        Their names.
+    """
+    owners_of: dict[str, list[type[PreTrainedConfig]]] = {}
+    for config_class in config_classes:
+        for name in config_fields(config_class):
+            owners_of.setdefault(name, []).append(config_class)
+    groups: dict[tuple[type[PreTrainedConfig], ...], list[str]] = {}
+    for name, owners in sorted(owners_of.items(), key=lambda item: -len(item[1])):
+        groups.setdefault(tuple(owners), []).append(name)
+    for owners, members in groups.items():
+        alone = " alone" if len(owners) == 1 < len(config_classes) else ""
+        group = parser.add_argument_group(f"fields of {' and '.join(each.__name__ for each in owners)}{alone}")
         types = {f.name: f.type for f in dataclasses.fields(owners[0])}
         for name in members:
             takes_list = any(get_origin(hint) is list for hint in (types[name], *get_args(types[name])))
@@ -104,7 +109,7 @@ def _add_model_flags(parser: argparse.ArgumentParser, config_classes: Sequence[t
                 default=argparse.SUPPRESS,
                 help=f"Default: {' or '.join(defaults)}.",
             )
-    return {name for _, _, members in groups for name in members}
+    return set(owners_of)
 
 
 def check_recipe(recipe: dict[str, Any], groups: Sequence[type], model_fields: Collection[str]) -> None:

@@ -24,32 +24,26 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 
-from ..modeling_mimae import MIMAEForImageClassification, MIMAEForPreTraining, MIMAEModel
-from ..modeling_misimmim import MISimMIMForImageClassification, MISimMIMForPreTraining, MISimMIMModel
-from .formats import FORMATS, PROCESSOR_NAME, ExportError, Outputs, Source, example_images, official_outputs, outputs
+from ..families.family import FAMILIES
+from ..families.registry import family_of
+from .formats import (
+    PROCESSOR_NAME,
+    ExportError,
+    Format,
+    Outputs,
+    Source,
+    example_images,
+    formats,
+    formats_of,
+    official_outputs,
+    outputs,
+)
 from .official_mae import PLAIN_MAE, model_from_official, read_official_file
 
 TOLERANCE = 1e-5
-
-_OUR_CLASSES = {
-    each.__name__: each
-    for each in (
-        *(MIMAEModel, MIMAEForPreTraining, MIMAEForImageClassification),
-        *(MISimMIMModel, MISimMIMForPreTraining, MISimMIMForImageClassification),
-    )
-}
-# transformers' class → ours
-_STOCK_CLASSES = {
-    "ViTMAEModel": MIMAEModel,
-    "ViTMAEForPreTraining": MIMAEForPreTraining,
-    "SwinModel": MISimMIMModel,
-    "SwinForMaskedImageModeling": MISimMIMForPreTraining,
-    "SwinForImageClassification": MISimMIMForImageClassification,
-}
-_CLASSES = {**_OUR_CLASSES, **_STOCK_CLASSES}
 
 
 @dataclass(frozen=True)
@@ -69,7 +63,7 @@ def export_checkpoint(
     Args:
         checkpoint: folder, Hub name or file; see `load_source`.
         out: folder or file; see `export`.
-        to: "vit", "swin", "timm", "mae", "mimae" or "detectron2".
+        to: one of `formats`.
         overwrite: replace an earlier export.
         known: of a file, what its shapes do not tell; see `load_source`.
 
@@ -117,7 +111,7 @@ def export(source: Source, out: str | os.PathLike, to: str, *, overwrite: bool =
 
     Args:
         out: a folder; a `.pth` file for "mae" and "detectron2"; either, or a `.safetensors` file, for "timm".
-        to: "vit", "swin", "timm", "mae", "mimae" or "detectron2".
+        to: one of `formats`.
         overwrite: replace an earlier export, but no folder that holds anything else.
 
     Raises:
@@ -125,9 +119,8 @@ def export(source: Source, out: str | os.PathLike, to: str, *, overwrite: bool =
         OSError: `out` cannot be written.
     """
     out = Path(out)
-    _check_format(source, to)
-    _check_out(out, to, source.origin, overwrite)
-    target = FORMATS[to]
+    target = _format(source, to)
+    _check_out(out, to, target.kinds, source.origin, overwrite)
     images = example_images(source.model)
     out.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.partial-") as scratch:
@@ -181,14 +174,17 @@ def _load_pretrained(checkpoint: str | os.PathLike) -> Source:
     except OSError as error:
         raise OSError(f"{checkpoint} is no model here, nor one on the Hub that can be reached: {error}") from error
     architecture = (config.get("architectures") or ["a model without a name"])[0]
-    if architecture not in _CLASSES:
-        raise ValueError(f"{checkpoint} holds {architecture}; what can be exported is {', '.join(_CLASSES)}")
+    ours = {name: each for family in FAMILIES.values() for name, each in family.model_classes.items()}
+    stock = {name: each for family in FAMILIES.values() for name, each in family.stock_classes.items()}
+    if architecture not in ours | stock:
+        raise ValueError(f"{checkpoint} holds {architecture}; what can be exported is {', '.join(ours | stock)}")
+    model_class = (ours | stock)[architecture]
     try:
-        model, info = _CLASSES[architecture].from_pretrained(
+        model, info = model_class.from_pretrained(
             checkpoint,
             dtype=torch.float32,
             output_loading_info=True,
-            **({"config": _plain_config(checkpoint, architecture)} if architecture in _STOCK_CLASSES else {}),
+            **({"config": _plain_config(checkpoint, model_class)} if architecture in stock else {}),
         )
     except (RuntimeError, StrictDataclassError, SafetensorError) as error:
         raise ValueError(f"{checkpoint}: a config.json or parameters that cannot be used ({error})") from error
@@ -197,12 +193,11 @@ def _load_pretrained(checkpoint: str | os.PathLike) -> Source:
     return Source(Path(checkpoint), model.eval(), _processor_file(checkpoint))
 
 
-def _plain_config(checkpoint: str | os.PathLike, architecture: str) -> PreTrainedConfig:
+def _plain_config(checkpoint: str | os.PathLike, model_class: type[PreTrainedModel]) -> PreTrainedConfig:
     """Of a stock model as one of ours without information terms; what its config.json leaves out is stock, too."""
-    fields = AutoConfig.from_pretrained(checkpoint).to_dict()
-    if "encoder_stride" in fields:  # a Swin, which names no unit of a mask: the smallest that there is
-        fields["mask_patch_size"] = fields["encoder_stride"]
-    return _STOCK_CLASSES[architecture].config_class.from_dict({**fields, **PLAIN_MAE})
+    fields, family = AutoConfig.from_pretrained(checkpoint).to_dict(), family_of(model_class)
+    is_classifier = model_class is family.classification_class
+    return family.config_class.from_dict({**family.stock_fields(fields, is_classifier), **fields, **PLAIN_MAE})
 
 
 def _processor_file(checkpoint: str | os.PathLike) -> Path | None:
@@ -212,20 +207,19 @@ def _processor_file(checkpoint: str | os.PathLike) -> Path | None:
         return None
 
 
-def _check_format(source: Source, to: str) -> None:
-    if to not in FORMATS:
-        raise ExportError(f"no format {to!r}; there are {', '.join(FORMATS)}")
-    model_type = source.model.config.model_type
-    if model_type not in FORMATS[to].model_types:
-        suitable = [name for name, each in FORMATS.items() if model_type in each.model_types]
+def _format(source: Source, to: str) -> Format:
+    if to not in formats():
+        raise ExportError(f"no format {to!r}; there are {', '.join(formats())}")
+    suitable = formats_of(family_of(type(source.model)))
+    if to not in suitable:
         raise ExportError(
             f"--to {to} has no place for a {type(source.model).__name__}: export it with --to {' or '.join(suitable)}"
         )
+    return suitable[to]
 
 
-def _check_out(out: Path, to: str, origin: Path, overwrite: bool) -> None:
+def _check_out(out: Path, to: str, kinds: tuple[str, ...], origin: Path, overwrite: bool) -> None:
     kind = out.suffix if out.suffix in (".pth", ".safetensors") else ""
-    kinds = FORMATS[to].kinds
     if kind not in kinds:
         names = " or ".join(f"a {each} file" if each else "a folder" for each in kinds)
         raise ExportError(f"--to {to} writes {names}; {out} is no name for that")
@@ -270,7 +264,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="folder, Hub name, or file of an official MAE")
     parser.add_argument("out", metavar="OUT", type=Path, help="folder or file to write")
-    parser.add_argument("--to", choices=FORMATS, required=True, help="format to write")
+    parser.add_argument("--to", choices=formats(), required=True, help="format to write")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
     official = parser.add_argument_group("of a file, where its shapes do not tell")
     official.add_argument("--num_attention_heads", type=int, help="of the encoder, where its width is not standard")

@@ -18,10 +18,10 @@ from timm.models import save_for_hf
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..families.family import FAMILIES, Family, StockModel
 from ..modeling_mim import MIMForImageClassificationMixin, MIMForPreTrainingMixin
 from .detectron2_vitdet import NET, detectron2_usage, save_detectron2
 from .official_mae import model_from_official, official_state, read_official_file
-from .stock import STOCK_MODELS
 from .timm_vit import TimmArchitecture, timm_architecture, timm_state
 
 logger = logging.getLogger(__name__)
@@ -100,11 +100,9 @@ class Format(ABC):
     """A format of checkpoints.
 
     kinds: what one is on disk: the suffix of a file, or "" for a folder.
-    model_types: of the models that have a place in it.
     """
 
     kinds: tuple[str, ...]
-    model_types: tuple[str, ...]
 
     @abstractmethod
     def write(self, source: Source, path: Path) -> None:
@@ -120,20 +118,16 @@ class Format(ABC):
 
 
 class Stock(Format):
-    """A folder of transformers' own model; see `stock`."""
+    """A folder of transformers' own model."""
 
     kinds = ("",)
 
-    def __init__(self, model_type: str):
-        self.model_types = (model_type,)
-        self.stock = STOCK_MODELS[model_type]
+    def __init__(self, stock: StockModel):
+        self.stock = stock
 
     def write(self, source: Source, path: Path) -> None:
-        if isinstance(source.model.base_model.layernorm, nn.Identity):
-            raise ExportError(
-                "a stock ViT normalises every token and classifies the class token, but this classifier averages the "
-                "patches first: export it with --to timm, or export the pre-trained checkpoint that it was made from"
-            )
+        if reason := self.stock.refusal(source.model):
+            raise ExportError(reason)
         self.stock.create(source.model, has_classifier=source.is_classifier).save_pretrained(path)
         _copy_processor(source, path)
 
@@ -148,7 +142,6 @@ class Timm(Format):
     """A file for `timm.create_model(…, checkpoint_path=…)`, or a folder as timm's models on the Hub are."""
 
     kinds = ("", ".safetensors", ".pth")
-    model_types = ("mimae",)
 
     def write(self, source: Source, path: Path) -> None:
         state = timm_state(official_state(source.model))
@@ -190,7 +183,6 @@ class OfficialMAE(Format):
     """A `.pth` file with the names of the official MAE; see `official_mae`."""
 
     kinds = (".pth",)
-    model_types = ("mimae",)
 
     def write(self, source: Source, path: Path) -> None:
         if getattr(source.model, "approximator", None) is not None:
@@ -240,7 +232,6 @@ class Mimae(Format):
     """A folder of this project."""
 
     kinds = ("",)
-    model_types = ("mimae", "misimmim")
 
     def write(self, source: Source, path: Path) -> None:
         source.model.save_pretrained(path)
@@ -250,8 +241,8 @@ class Mimae(Format):
         return [outputs(type(source.model).from_pretrained(path).eval(), images)]
 
     def usage(self, source: Source, path: Path) -> str:
-        name = type(source.model).__name__
-        return f"from mimae import {name}\n\nmodel = {name}.from_pretrained({str(path)!r})"
+        name, module = type(source.model).__name__, type(source.model).__module__
+        return f"from {module} import {name}\n\nmodel = {name}.from_pretrained({str(path)!r})"
 
 
 def _copy_processor(source: Source, folder: Path) -> None:
@@ -259,13 +250,22 @@ def _copy_processor(source: Source, folder: Path) -> None:
         shutil.copyfile(source.processor, folder / PROCESSOR_NAME)
 
 
-FORMATS: dict[str, Format] = {
-    "vit": Stock("mimae"),
-    "swin": Stock("misimmim"),
+OWN_FORMAT = "mimae"
+_FORMATS: dict[str, Format] = {
     "timm": Timm(),
     "mae": OfficialMAE(),
-    "mimae": Mimae(),
+    OWN_FORMAT: Mimae(),
     "detectron2": Detectron2(),
 }
-# model_type → the format that is transformers' own model
-STOCK_FORMATS = {"mimae": "vit", "misimmim": "swin"}
+
+
+def formats() -> dict[str, Format]:
+    """By name: transformers' own models, one for each family that is one of them, and those of this file."""
+    stock = [family.stock for family in FAMILIES.values() if family.stock is not None]
+    return {each.format: Stock(each) for each in stock} | _FORMATS
+
+
+def formats_of(family: Family) -> dict[str, Format]:
+    """Those that have a place for models of a family."""
+    names = {OWN_FORMAT, *family.formats, *([family.stock.format] if family.stock else [])}
+    return {name: each for name, each in formats().items() if name in names}

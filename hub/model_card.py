@@ -12,6 +12,8 @@ import yaml
 from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from ..families.family import CardWords, StockModel
+from ..families.registry import family_named
 from .privacy import public
 
 TEMPLATES = Environment(
@@ -28,29 +30,11 @@ HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 LOSS_NAMES = {
     "objective": "objective (Eq. 11)",
-    "reconstruction_loss": "L_rec (Eq. 1)",
+    "reconstruction_loss": CardWords.reconstruction,
     "mi_max_loss": "L_max (Eq. 7, InfoNCE)",
     "mi_min_loss": "L_min (Eq. 10, CLUB bound)",
     "approximation_loss": "L_approx (Eq. 9)",
 }
-
-
-@dataclass(frozen=True)
-class Kind:
-    """What cards call a kind of model: its encoder, what it is without information terms, and L_rec."""
-
-    encoder: str
-    baseline: str
-    reconstruction: str
-
-
-# by model_type
-KINDS = {
-    "mimae": Kind("ViT", "a masked autoencoder", LOSS_NAMES["reconstruction_loss"]),
-    "misimmim": Kind("Swin", "SimMIM", "L_rec (Eq. 1, with the absolute error)"),
-}
-# by the format of an export: transformers' class of the encoder
-STOCK_NAMES = {"vit": "ViTModel", "swin": "SwinModel"}
 PROBE_NAMES = {"knn_accuracy": "k nearest neighbours", "linear_accuracy": "logistic regression"}
 FACT_NAMES = {
     "model_type": "Model",
@@ -157,7 +141,7 @@ def write_model_card(
     recipe = public(recipe)
     probe_after = summary.get("probe_after") or {}
     title = _title(recipe, summary.get("model_type"))
-    kind = KINDS[summary.get("model_type", "mimae")]
+    words = family_named(summary.get("model_type")).words
     probe_figures = [
         ("accuracy", f"{PROBE_NAMES.get(key, key)} on frozen features", value) for key, value in probe_after.items()
     ]
@@ -172,10 +156,10 @@ def write_model_card(
             eval_results=_eval_results(_own_data(summary, recipe), probe_figures),
         ),
         title=title,
-        encoder=kind.encoder,
+        words=words,
         **_record(folder, summary, FACT_NAMES, recipe, pictures),
-        losses=_losses(summary.get("final") or {}, kind),
-        gate=_gate(summary, recipe, kind),
+        losses=_losses(summary.get("final") or {}, words),
+        gate=_gate(summary, recipe, words),
         probes=_probes(summary.get("probe_before") or {}, probe_after),
     )
 
@@ -204,7 +188,7 @@ def write_classification_card(folder: str | os.PathLike, *, results: Mapping[str
             f"task {results.get('task')!r} leaves no classifier to write a card for; {' and '.join(MAKING)} do"
         )
     recipe, start = public(results.get("recipe") or {}), _start(results)
-    title, kind = _title(recipe, results.get("model_type")), KINDS[results.get("model_type", "mimae")]
+    title, words = _title(recipe, results.get("model_type")), family_named(results.get("model_type")).words
     metrics, (test_sets, corruption_tables) = results.get("metrics") or {}, _robustness(results)
     return _write(
         folder,
@@ -218,7 +202,7 @@ def write_classification_card(folder: str | os.PathLike, *, results: Mapping[str
             eval_results=_classification_results(results, recipe),
         ),
         title=title,
-        making=MAKING[results["task"]].format(encoder=kind.encoder),
+        making=MAKING[results["task"]].format(encoder=words.encoder),
         is_grey=_is_grey(Path(folder)),
         crop=_crop(recipe.get("evaluation_crop_ratio")),
         **_record(folder, {**results, "start": start}, DOWNSTREAM_FACT_NAMES, recipe, pictures),
@@ -250,7 +234,7 @@ def write_dense_card(folder: str | os.PathLike, *, results: Mapping[str, Any], p
         raise ValueError(f"task {results.get('task')!r} is not dense; {' and '.join(DENSE_TASKS)} are")
     task, metrics = DENSE_TASKS[results["task"]], results.get("metrics") or {}
     recipe, start = public(results.get("recipe") or {}), _start(results)
-    title, kind = _title(recipe, results.get("model_type")), KINDS[results.get("model_type", "mimae")]
+    title, words = _title(recipe, results.get("model_type")), family_named(results.get("model_type")).words
     figures = [(key, task.metrics.get(key, key.replace("_", " ")), metrics.get(key)) for key in task.metrics | metrics]
     return _write(
         folder,
@@ -265,7 +249,7 @@ def write_dense_card(folder: str | os.PathLike, *, results: Mapping[str, Any], p
             eval_results=_eval_results(_own_data(results, recipe), figures, task.pipeline_tag),
         ),
         title=title,
-        making=task.making.format(encoder=kind.encoder),
+        making=task.making.format(encoder=words.encoder),
         task=task,
         **_record(folder, {**results, "start": start}, DOWNSTREAM_FACT_NAMES, recipe, pictures),
         metrics=[(name, _percent(value)) for _, name, value in figures],
@@ -285,15 +269,15 @@ def _crop(ratio: float | None) -> str:
 
 
 def write_backbone_card(
-    folder: str | os.PathLike, *, base_model: str, checkpoint: str, revision: str | None = None, stock: str = "vit"
+    folder: str | os.PathLike, *, stock: StockModel, base_model: str, checkpoint: str, revision: str | None = None
 ) -> Path:
     """Write `folder/README.md` for the stock encoder that was exported from a model.
 
     Args:
         folder: the exported model's folder.
+        stock: what it is.
         base_model: the repository of the model that it is the encoder of.
         checkpoint, revision: the repository that the card will lie in, and the branch of it, if not the main one.
-        stock: "vit" or "swin", the format of the export.
 
     Returns:
         The card's path.
@@ -302,11 +286,11 @@ def write_backbone_card(
     return _write(
         folder,
         "backbone.md",
-        _card_data(title, "image-feature-extraction", [stock, "self-supervised"], base_model=base_model),
+        _card_data(title, "image-feature-extraction", [stock.format, "self-supervised"], base_model=base_model),
         title=title,
         checkpoint=checkpoint,
         base_model=base_model,
-        stock_name=STOCK_NAMES[stock],
+        stock=stock,
         revision_argument=f', revision="{revision}"' if revision else "",
     )
 
@@ -436,14 +420,14 @@ def _figure(metric: str, value: float | None) -> str:
     return _percent(value) if metric.endswith("accuracy") else _text(value)
 
 
-def _losses(final: Mapping[str, float], kind: Kind) -> list[tuple[str, str]]:
-    names = {**LOSS_NAMES, "reconstruction_loss": kind.reconstruction}
+def _losses(final: Mapping[str, float], words: CardWords) -> list[tuple[str, str]]:
+    names = {**LOSS_NAMES, "reconstruction_loss": words.reconstruction}
     return [(names.get(key, key), _text(final.get(key))) for key in dict.fromkeys([*names, *final])]
 
 
-def _gate(summary: Mapping[str, Any], recipe: Mapping[str, Any], kind: Kind) -> str:
+def _gate(summary: Mapping[str, Any], recipe: Mapping[str, Any], words: CardWords) -> str:
     if recipe.get("mi_max_weight") == 0 and recipe.get("mi_min_weight") == 0:
-        return f"The information terms have weight 0: this is {kind.baseline} and nothing else."
+        return f"The information terms have weight 0: this is {words.baseline} and nothing else."
     if "gate_opened_at_step" not in summary or "gate_threshold" not in summary:
         return "Whether the information terms ever trained was not recorded."
     opened, threshold = summary["gate_opened_at_step"], summary["gate_threshold"]
@@ -452,7 +436,7 @@ def _gate(summary: Mapping[str, Any], recipe: Mapping[str, Any], kind: Kind) -> 
     if opened is None:
         return (
             f"**The gate never opened:** L_rec did not fall below {threshold:g}, so the information terms never "
-            f"trained, and the encoder is that of {kind.baseline} with several masks."
+            f"trained, and the encoder is that of {words.baseline} with several masks."
         )
     return f"The gate opened at step {opened}, when L_rec fell below {threshold:g}; until then L_rec trained alone."
 

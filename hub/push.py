@@ -22,8 +22,8 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import OfflineModeIsEnabled
 from transformers.dynamic_module_utils import get_relative_import_files
 
+from ..families.registry import family_of
 from .export import export, load_source
-from .formats import STOCK_FORMATS
 from .model_card import write_backbone_card
 from .privacy import holds_token, public
 from .uploads import TRANSIENT_ERRORS, Files, Uploader, explain, may_pass
@@ -211,8 +211,10 @@ def _push_backbone(uploader: Uploader, folder: Path, report: PushReport, branch:
             source = load_source(folder)
             if source.is_classifier:
                 source = replace(source, model=source.model.base_model)  # the head stays with the model
-            stock = STOCK_FORMATS[source.model.config.model_type]
-            export(source, exported, to=stock)
+            stock = family_of(type(source.model)).stock
+            if stock is None:
+                raise ValueError(f"transformers has no model of its own for a {type(source.model).__name__}")
+            export(source, exported, to=stock.format)
         except ValueError as error:
             report.note = f"no backbone: {error}"
             return

@@ -38,7 +38,7 @@ def operations(run: Run, stage: str) -> float:
 def _forward_operations(recipe: Any, fields: tuple[tuple[str, Any], ...]) -> tuple[float, float]:
     """Of one masked view with its decoder, and of one whole image through the encoder."""
     settings = read_recipe(recipe) | dict(fields)
-    family = family_named(settings.get("model_type", "mimae"))
+    family = family_named(settings.get("model_type"))
     known = config_fields(family.config_class)
     config = family.build_config(settings.get("preset"), {k: v for k, v in settings.items() if k in known})
     with torch.device("meta"):

@@ -26,11 +26,7 @@ from mimae.modeling_mim import EncoderOutput
 BATCH = 500
 PROBE_IMAGES = 10_000  # of training, the same for all, that probes are fitted on
 MASKED_IMAGES = 2000  # on which masked views are compared
-# under which the views of all arms are compared, by kind of model
-COMMON_MASKS = {
-    "mimae": {"mask_ratio": 0.75, "num_masks": 4, "mask_strategy": "orthogonal"},
-    "misimmim": {"mask_ratio": 0.5, "num_masks": 2, "mask_strategy": "orthogonal"},
-}
+MASK_FIELDS = ("mask_ratio", "num_masks", "mask_strategy")  # at whose defaults the views of all arms are compared
 
 
 def measure_frozen(checkpoint: Path, recipe: Mapping[str, Any], device: torch.device) -> dict[str, float]:
@@ -46,7 +42,7 @@ def measure_frozen(checkpoint: Path, recipe: Mapping[str, Any], device: torch.de
     """
     data = DataArguments(**{f.name: recipe[f.name] for f in fields(DataArguments) if f.name in recipe})
     train, test = data.open_split(data.train_split), data.open_held_out()
-    family = family_named(recipe.get("model_type", "mimae"))
+    family = family_named(recipe.get("model_type"))
     model = family.pretraining_class.from_pretrained(checkpoint).to(device)
     config = model.config
     normalize = Normalization(
@@ -75,7 +71,8 @@ def measure_frozen(checkpoint: Path, recipe: Mapping[str, Any], device: torch.de
         if name == "mean":
             found["knn"] = 100 * knn_accuracy(*features)
             found["rank"] = effective_rank(test_x[:, part])
-    model = family.pretraining_class.from_pretrained(checkpoint, **COMMON_MASKS[config.model_type]).to(device)
+    common_masks = {name: getattr(family.config_class, name) for name in MASK_FIELDS}
+    model = family.pretraining_class.from_pretrained(checkpoint, **common_masks).to(device)
     some = evaluation_batches(test, indices=probe_indices(test, MASKED_IMAGES), **read)
     return found | compare_views(model, (normalize(batch["pixel_values"].to(device)) for batch in some))
 

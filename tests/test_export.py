@@ -25,10 +25,10 @@ from transformers import (
 
 from mimae import MIMAEConfig, MIMAEForImageClassification, MIMAEForPreTraining, MIMAEModel
 from mimae.benchmarks.models.official_mae import OfficialMAE
+from mimae.families.family import FAMILIES
 from mimae.hub import formats, official_mae
 from mimae.hub.export import TOLERANCE, ExportError, export_checkpoint, largest_difference, main
 from mimae.hub.official_mae import official_state
-from mimae.hub.stock import STOCK_MODELS
 from mimae.hub.timm_vit import timm_architecture, timm_state
 
 HEADS = {"num_attention_heads": 4, "decoder_num_attention_heads": 2}  # TINY's, of no standard width
@@ -475,8 +475,9 @@ def test_a_wrong_conversion_is_refused_and_leaves_nothing(tmp_path, monkeypatch,
 
 def test_a_wrong_vit_is_refused_and_leaves_nothing(tmp_path, monkeypatch):
     checkpoint(tmp_path / "in", "encoder", layer_norm_eps=1e-3)
-    fields = tuple(name for name in STOCK_MODELS["mimae"].fields if name != "layer_norm_eps")
-    monkeypatch.setattr(formats.FORMATS["vit"], "stock", replace(STOCK_MODELS["mimae"], fields=fields))
+    family = FAMILIES["mimae"]
+    fields = tuple(name for name in family.stock.fields if name != "layer_norm_eps")
+    monkeypatch.setitem(FAMILIES, "mimae", replace(family, stock=replace(family.stock, fields=fields)))
     with pytest.raises(ExportError, match="outputs of the export differ by"):
         export_checkpoint(tmp_path / "in", tmp_path / "out", "vit")
     assert [path.name for path in tmp_path.iterdir()] == ["in"]

@@ -14,6 +14,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from runs import pretrain
 
+from mimae.families.family import FAMILIES
 from mimae.hub.model_card import write_backbone_card, write_classification_card, write_model_card
 from mimae.jobs.results import source_commit
 from mimae.modeling_mim import patchify, unpatchify
@@ -420,8 +421,9 @@ def test_a_task_that_leaves_no_classifier_gets_no_card(tmp_path, task):
 
 @pytest.mark.parametrize(("revision", "argument"), [(None, ""), ("stock", ', revision="stock"')])
 def test_a_backbones_card_loads_it_without_remote_code_and_names_its_model(tmp_path, revision, argument):
+    stock = FAMILIES["mimae"].stock
     card = write_backbone_card(
-        tmp_path, base_model="someone/digits", checkpoint="someone/there", revision=revision
+        tmp_path, stock=stock, base_model="someone/digits", checkpoint="someone/there", revision=revision
     ).read_text()
     assert ModelCard.load(tmp_path / "README.md").data.base_model == "someone/digits"
     assert 'checkpoint = "someone/there"\n' in card

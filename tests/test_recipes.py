@@ -11,7 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedConfig
 
 from mimae.data.scenes import SPLITS
-from mimae.families.registry import CONFIG_CLASSES, Family, family_named
+from mimae.families.family import Family
+from mimae.families.registry import CONFIG_CLASSES, family_named
 from mimae.flags.data import DataArguments
 from mimae.flags.model import ModelArguments
 from mimae.flags.option import RecipeError

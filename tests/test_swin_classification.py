@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import SwinConfig, SwinForImageClassification, SwinForMaskedImageModeling, SwinModel
 
 from mimae import MISimMIMForImageClassification
-from mimae.families.geometry import interpolate_table
+from mimae.families.encoders.swin import interpolate_table
 from mimae.families.warm_start import Checkpoint, UnfitCheckpointError
 from mimae.flags.option import RecipeError
 from mimae.run_image_classification import main

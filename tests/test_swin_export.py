@@ -26,10 +26,10 @@ from mimae import (
     MISimMIMForPreTraining,
     MISimMIMModel,
 )
+from mimae.families.family import FAMILIES
 from mimae.hub import formats
 from mimae.hub.export import TOLERANCE, ExportError, export_checkpoint, main
 from mimae.hub.model_card import write_backbone_card, write_model_card
-from mimae.hub.stock import STOCK_MODELS
 
 # 4 x 4 mask units and 2 stages of 2 blocks; the first stage shifts its windows
 STOCK_SIZES = {name: value for name, value in TINY_SWIN.items() if name != "mask_patch_size"}
@@ -118,8 +118,9 @@ def test_larger_images_agree_once_an_image_of_the_own_size_was_seen(tmp_path):
 
 def test_a_wrong_configuration_is_refused_and_leaves_nothing(tmp_path, monkeypatch):
     checkpoint(tmp_path / "in", "encoder", layer_norm_eps=1e-2)
-    fields = tuple(name for name in STOCK_MODELS["misimmim"].fields if name != "layer_norm_eps")
-    monkeypatch.setattr(formats.FORMATS["swin"], "stock", replace(STOCK_MODELS["misimmim"], fields=fields))
+    family = FAMILIES["misimmim"]
+    fields = tuple(name for name in family.stock.fields if name != "layer_norm_eps")
+    monkeypatch.setitem(FAMILIES, "misimmim", replace(family, stock=replace(family.stock, fields=fields)))
     with pytest.raises(ExportError, match="outputs of the export differ by"):
         export_checkpoint(tmp_path / "in", tmp_path / "out", "swin")
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
@@ -284,7 +285,8 @@ def test_the_card_names_what_is_left_without_information_terms(tmp_path, model_t
 
 @pytest.mark.parametrize(("stock", "name"), [("vit", "ViTModel"), ("swin", "SwinModel")])
 def test_a_backbones_card_names_the_stock_class(tmp_path, stock, name):
-    card = write_backbone_card(tmp_path, base_model="a/b", checkpoint="a/c", stock=stock).read_text()
+    model = next(each.stock for each in FAMILIES.values() if each.stock.format == stock)
+    card = write_backbone_card(tmp_path, base_model="a/b", checkpoint="a/c", stock=model).read_text()
     assert f"as a stock `{name}` of" in card
     assert stock in ModelCard.load(tmp_path / "README.md").data.tags
     assert ("add_pooling_layer" in card) == (stock == "vit")

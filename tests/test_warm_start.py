@@ -24,8 +24,8 @@ from transformers import (
 
 from mimae import MIMAEBackbone, MIMAEConfig, MIMAEForImageClassification, MIMAEForPreTraining, MIMAEModel
 from mimae.configuration_misimmim import MISimMIMConfig
-from mimae.families.geometry import geometric_positions, interpolate_table, padding_remark
-from mimae.families.registry import FAMILIES
+from mimae.families.encoders.swin import geometric_positions, interpolate_table, padding_remark
+from mimae.families.family import FAMILIES
 from mimae.families.starting_model import StartingModel
 from mimae.families.warm_start import Checkpoint, UnfitCheckpointError
 from mimae.flags.option import RecipeError

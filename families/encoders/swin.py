@@ -1,70 +1,45 @@
-"""Weights for other images and other attention windows than a checkpoint's: positions, and Swin's bias tables.
+"""MI-SimMIM's encoder, the Swin of SimMIM: what can start it, and what it can be exported to.
+
+A stock Swin differs from ours, which is as the official one, in two things. It drops paths in the attention branch
+alone, which matters where it is trained further. And it shifts the windows of a stage that has a single one at the
+configuration's image size, until it has seen an image of that size: only then do features of larger images agree.
 
 Shapes: S and T, relative offsets along a side, 2 · window - 1; H heads.
 """
 
 import logging
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
-from scipy.interpolate import RectBivariateSpline
+from transformers import PreTrainedModel, SwinConfig, SwinForImageClassification, SwinModel
 
-from ..configuration_mimae import MIMAEConfig
-from ..configuration_misimmim import MISimMIMConfig
-from ..modeling_mimae import interpolate_positions
-from ..modeling_mimae_backbone import resize_bias, resize_embeddings
+from ...configuration_misimmim import MISimMIMConfig
+from ...modeling_misimmim import MISimMIMForImageClassification, MISimMIMForPreTraining, MISimMIMModel
+from ..family import STOCK_FIELDS, CardWords, Family, StateDict, StockModel
 
 logger = logging.getLogger(__name__)
 
-POSITIONS = "embeddings.position_embeddings"
 BIAS_TABLE = "relative_position_bias_table"
 SMALLEST_WINDOW = 3  # a cubic needs 4 points, and it has 5 offsets
 
 
-def fit_vit_positions(
-    state: Mapping[str, torch.Tensor], there: MIMAEConfig, here: MIMAEConfig
-) -> dict[str, torch.Tensor]:
-    """The weights of a ViT for images of another size: its positions are interpolated, and the log says so.
-
-    Args:
-        state: weights of a model of `there`.
-        here: the configuration that they are to fit.
-    """
-    if there.grid_size == here.grid_size:
-        return dict(state)
-    logger.info(
-        "positions of images of %d x %d pixels are interpolated to %d x %d", *there.image_size_2d, *here.image_size_2d
-    )
-    return {
-        name: interpolate_positions(weight, there.grid_size, here.grid_size) if name.endswith(POSITIONS) else weight
-        for name, weight in state.items()
-    }
-
-
-def fit_relative_positions(weight: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    """Relative positions of a `MIMAEBackbone` for another grid, or what else already has the shape as it is."""
-    if weight.shape == shape:
-        return weight
-    return resize_bias(weight, tuple(shape[1:])) if weight.ndim == 3 else resize_embeddings(weight, shape[0])
-
-
-def fit_swin_tables(
-    state: Mapping[str, torch.Tensor], there: MISimMIMConfig, here: MISimMIMConfig
-) -> dict[str, torch.Tensor]:
+def fit_tables(state: StateDict, there: MISimMIMConfig, model: PreTrainedModel) -> StateDict:
     """The weights of a Swin for other windows: its tables are interpolated, and the log says so.
 
     On the size of images no weight of a Swin depends.
 
     Args:
         state: weights of a model of `there`.
-        here: the configuration that they are to fit.
+        model: that they are to fit.
 
     Raises:
         ValueError: see `interpolate_table`.
     """
+    here = model.config
     if there.window_size == here.window_size:
-        return dict(state)
+        return state
     logger.info(
         "relative-position tables of windows of %d x %d tokens are interpolated to %d x %d",
         *(there.window_size, there.window_size, here.window_size, here.window_size),
@@ -98,6 +73,8 @@ def interpolate_table(table: torch.Tensor, window_size: int) -> torch.Tensor:
             f"a relative-position table of windows of {(size + 1) // 2} tokens per side has too few offsets to be "
             f"interpolated to window_size={window_size}: keep the window_size of the checkpoint"
         )
+    from scipy.interpolate import RectBivariateSpline  # which `import mimae` has no need of
+
     there = geometric_positions(size // 2, reach=window_size - 1)
     here = np.arange(1 - window_size, window_size)
     heads = table.double().cpu().numpy().T.reshape(-1, size, size)  # (H, S, S)
@@ -133,3 +110,81 @@ def padding_remark(config: MISimMIMConfig) -> str | None:
         f"{config.image_size_2d[0]} x {config.image_size_2d[1]} pixels, and these are padded: window_size={nearest} "
         "would not pad"
     )
+
+
+def stock_fields(fields: Mapping[str, Any], is_classifier: bool) -> dict[str, Any]:
+    """A Swin names no unit of a mask: it is as small as it may be, and divides every image that the model takes."""
+    stride = fields["patch_size"] * 2 ** (len(fields["depths"]) - 1)
+    return {"encoder_stride": stride, "mask_patch_size": stride}
+
+
+STOCK = StockModel(
+    format="swin",
+    config_class=SwinConfig,
+    encoder_class=SwinModel,
+    classifier_class=SwinForImageClassification,
+    fields=(
+        *STOCK_FIELDS,
+        *("embed_dim", "depths", "num_heads", "window_size", "mlp_ratio", "drop_path_rate", "encoder_stride"),
+    ),
+    left_behind=("embeddings.mask_token",),
+    tokens="(1, h·w, D), the last map row by row",
+    pooled="tokens.mean(dim=1)",
+    remark=(
+        "Larger images than the processor makes have the features of the original only after one of its size has been "
+        "seen: until\n"
+        "then, a stock `SwinModel` shifts windows in a stage where that size has a single one."
+    ),
+)
+FAMILY = Family(
+    config_class=MISimMIMConfig,
+    encoder_class=MISimMIMModel,
+    pretraining_class=MISimMIMForPreTraining,
+    classification_class=MISimMIMForImageClassification,
+    words=CardWords(
+        encoder="Swin",
+        baseline="SimMIM",
+        reconstruction="L_rec (Eq. 1, with the absolute error)",
+        method=(
+            "On a Swin, as here, it is called MI-SimMIM: a view is the whole grid of patches, with mask tokens "
+            "in place of the masked\n"
+            "ones, and pixels are reconstructed by their absolute error."
+        ),
+        vector=", the mean of the map below",
+    ),
+    default_recipe="digits/misimmim.yaml",
+    pretraining_types=("misimmim", "swin"),
+    downstream_types=("misimmim", "swin"),
+    size_fields=(
+        "embed_dim",
+        "depths",
+        "num_heads",
+        "window_size",
+        "mlp_ratio",
+        "patch_size",
+        "encoder_stride",
+        "num_channels",
+        "qkv_bias",
+        "use_absolute_embeddings",
+    ),
+    free_fields=(
+        "image_size",
+        "window_size",
+        "mask_patch_size",
+        "drop_path_rate",
+        "hidden_dropout_prob",
+        "attention_probs_dropout_prob",
+        "layer_norm_eps",
+    ),
+    geometry_fields=("image_size", "window_size", "mask_patch_size"),
+    fit_weights=fit_tables,
+    remark=padding_remark,
+    stock_config_class=SwinConfig,
+    stock_fields=stock_fields,
+    stock_classes={
+        "SwinModel": MISimMIMModel,
+        "SwinForMaskedImageModeling": MISimMIMForPreTraining,
+        "SwinForImageClassification": MISimMIMForImageClassification,
+    },
+    stock=STOCK,
+)
