@@ -6,13 +6,26 @@ Symbols are the paper's (MI-MAE, ICLR 2025); defaults are its ImageNet recipe.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from .masking import complete_num_masks, num_visible_patches
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+    class _EncoderConfig(PreTrainedConfig):
+        """What the fields below are mixed into: the configuration of an encoder in transformers."""
+
+        image_size: int | list[int] | tuple[int, int] = 224
+        num_channels: int = 3
+        hidden_size: int = 768
+        num_labels: int = 2
+else:
+    _EncoderConfig = object
+
 
 @dataclass(kw_only=True)
-class MIMConfigMixin:
+class MIMConfigMixin(_EncoderConfig):
     """Fields, derived sizes and checks of a model that sees each image through N masks.
 
     A mask has one entry for each *unit* of the image: a patch in MI-MAE, a block of patches in MI-SimMIM.
@@ -122,7 +135,7 @@ class MIMConfigMixin:
         """`noise_shape` for an image of so many units."""
         return (num_patches,) if self.mask_strategy == "orthogonal" else (self.num_views, num_patches)
 
-    def validate_image_size(self):
+    def validate_image_size(self) -> None:
         """Part of `@strict`'s validation: units divide the image."""
         if not isinstance(self.image_size, int) and len(self.image_size) != 2:
             raise ValueError(f"image_size={self.image_size} must be a number of pixels, or (height, width)")
@@ -136,7 +149,7 @@ class MIMConfigMixin:
                 f"the nearest that is: {nearest[0]} x {nearest[1]}"
             )
 
-    def validate_masking(self):
+    def validate_masking(self) -> None:
         """Part of `@strict`'s validation: every mask leaves visible and masked units."""
         self.validate_image_size()  # validators run in no order of ours, and a bad size is no matter of the mask ratio
         if not 0 < self.mask_ratio < 1:
@@ -147,7 +160,7 @@ class MIMConfigMixin:
             raise ValueError(f"num_masks={self.num_masks} must be at least 1, or None for complete masking")
         num_visible_patches(self.num_patches, self.mask_ratio, self.num_masks)
 
-    def validate_information_terms(self):
+    def validate_information_terms(self) -> None:
         """Part of `@strict`'s validation: the weights, and what they need."""
         for name in ("reconstruction_weight", "mi_max_weight", "mi_min_weight"):
             if not 0 <= getattr(self, name) < math.inf:  # so written, it refuses NaN

@@ -1,6 +1,6 @@
 """Configuration of MI-MAE. Symbols are the paper's (MI-MAE, ICLR 2025); defaults are its ImageNet recipe."""
 
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import ViTMAEConfig
@@ -70,6 +70,8 @@ class MIMAEConfig(BackboneConfigMixin, MIMConfigMixin, ViTMAEConfig):
         "vit-huge": _vit_sizes((1280, 32, 16), (512, 8, 16), 14),
     }
 
+    if TYPE_CHECKING:  # `validate_image_size` sees to it
+        patch_size: int = 16
     layer_norm_eps: float = 1e-6
     latent_pooling: Literal["mean", "cls", "all"] = "mean"
     drop_path_rate: float | int = 0.0
@@ -85,9 +87,9 @@ class MIMAEConfig(BackboneConfigMixin, MIMConfigMixin, ViTMAEConfig):
     def __post_init__(
         self,
         out_features: list[str] | None = None,
-        out_indices: list[int] | tuple[int, ...] | None = None,
+        out_indices: list[int] | None = None,
         **kwargs: Any,
-    ):
+    ) -> None:
         if out_features is not None or out_indices is not None:
             self.set_output_features_output_indices(out_features=out_features, out_indices=out_indices)
         super().__post_init__(**kwargs)
@@ -104,8 +106,8 @@ class MIMAEConfig(BackboneConfigMixin, MIMConfigMixin, ViTMAEConfig):
         return [round(depth / 3), depth // 2, round(2 * depth / 3), depth] if self.add_fpn else [depth]
 
     @out_indices.setter
-    def out_indices(self, out_indices: list[int] | tuple[int, ...]):
-        BackboneConfigMixin.out_indices.fset(self, out_indices)
+    def out_indices(self, out_indices: list[int] | tuple[int, ...] | None) -> None:
+        self.set_output_features_output_indices(None, None if out_indices is None else list(out_indices))
 
     @property
     def out_features(self) -> list[str]:
@@ -113,8 +115,8 @@ class MIMAEConfig(BackboneConfigMixin, MIMConfigMixin, ViTMAEConfig):
         return [self.stage_names[index] for index in self.out_indices]
 
     @out_features.setter
-    def out_features(self, out_features: list[str]):
-        BackboneConfigMixin.out_features.fset(self, out_features)
+    def out_features(self, out_features: list[str] | None) -> None:
+        self.set_output_features_output_indices(out_features, None)
 
     @property
     def stage_names(self) -> list[str]:
@@ -127,7 +129,7 @@ class MIMAEConfig(BackboneConfigMixin, MIMConfigMixin, ViTMAEConfig):
         is_global = block in ({(i + 1) * depth // 4 - 1 for i in range(4)} if chosen is None else chosen)
         return None if is_global else self.window_size
 
-    def validate_sizes(self):
+    def validate_sizes(self) -> None:
         """Part of `@strict`'s validation: widths, heads and positions fit each other."""
         for prefix in ("", "decoder_"):
             width, heads = getattr(self, f"{prefix}hidden_size"), getattr(self, f"{prefix}num_attention_heads")
@@ -142,7 +144,7 @@ class MIMAEConfig(BackboneConfigMixin, MIMConfigMixin, ViTMAEConfig):
         if not 0 <= self.drop_path_rate < 1:
             raise ValueError(f"drop_path_rate={self.drop_path_rate} must lie in 0..1, below 1")
 
-    def validate_backbone(self):
+    def validate_backbone(self) -> None:
         """Part of `@strict`'s validation: windows, relative positions and feature maps make sense together."""
         if self.use_relative_position_bias and self.use_relative_position_embeddings:
             raise ValueError(

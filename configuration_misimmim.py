@@ -1,6 +1,6 @@
 """Configuration of MI-SimMIM: the same method on Swin. Defaults are SimMIM's Swin-B with the paper's masks."""
 
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import SwinConfig
@@ -45,6 +45,8 @@ class MISimMIMConfig(MIMConfigMixin, SwinConfig):
         "swin-large": _swin_sizes(192, (2, 2, 18, 2), (6, 12, 24, 48)),
     }
 
+    if TYPE_CHECKING:  # `validate_sizes` sees to it
+        patch_size: int = 4
     image_size: int | list[int] | tuple[int, int] = 192
     window_size: int = 6
     embed_dim: int = 128
@@ -56,7 +58,7 @@ class MISimMIMConfig(MIMConfigMixin, SwinConfig):
     num_masks: int | None = 2
     norm_pix_loss: bool = False
 
-    def validate_sizes(self):
+    def validate_sizes(self) -> None:
         """Part of `@strict`'s validation: patches, stages, windows and heads fit each other."""
         self.validate_image_size()
         if not isinstance(self.patch_size, int) or self.patch_size < 1:
@@ -86,7 +88,7 @@ class MISimMIMConfig(MIMConfigMixin, SwinConfig):
         if not 0 <= self.drop_path_rate < 1:
             raise ValueError(f"drop_path_rate={self.drop_path_rate} must lie in 0..1, below 1")
 
-    def validate_positions(self):
+    def validate_positions(self) -> None:
         """Part of `@strict`'s validation: SimMIM's Swin has relative positions alone."""
         if self.use_absolute_embeddings:
             raise ValueError(

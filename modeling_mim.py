@@ -14,7 +14,9 @@ Symbols of the paper and of this file:
 B images, N masks, L units, V visible patches per mask, D width, P = unit_size² · C values of a unit, K classes.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import torch
 from torch import nn
@@ -26,6 +28,9 @@ from .configuration_mim import MIMConfigMixin
 from .masking import masks_from_ids, multi_mask_ids, num_visible_patches
 from .mutual_information import GaussianApproximator, InformationGate, InformationTerms, information_terms
 
+# what transformers wants as the default of an output that is always there
+ALWAYS_SET: Any = None
+
 
 @dataclass
 class EncoderOutput(ModelOutput):
@@ -36,11 +41,11 @@ class EncoderOutput(ModelOutput):
     feature_map: (B, D, h, w).
     """
 
-    last_hidden_state: torch.FloatTensor | None = None
-    pooler_output: torch.FloatTensor | None = None
-    feature_map: torch.FloatTensor | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
+    last_hidden_state: torch.Tensor = ALWAYS_SET
+    pooler_output: torch.Tensor = ALWAYS_SET
+    feature_map: torch.Tensor = ALWAYS_SET
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
 
 
 @dataclass
@@ -53,15 +58,15 @@ class MaskedOutput(ModelOutput):
     hidden_states, attentions: over B·N.
     """
 
-    last_hidden_state: torch.FloatTensor | None = None
-    latent_vector: torch.FloatTensor | None = None
-    visible_embeddings: torch.FloatTensor | None = None
-    mask: torch.FloatTensor | None = None
-    ids_restore: torch.LongTensor | None = None
-    ids_visible: torch.LongTensor | None = None
-    ids_masked: torch.LongTensor | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
+    last_hidden_state: torch.Tensor = ALWAYS_SET
+    latent_vector: torch.Tensor = ALWAYS_SET
+    visible_embeddings: torch.Tensor = ALWAYS_SET
+    mask: torch.Tensor = ALWAYS_SET
+    ids_restore: torch.Tensor = ALWAYS_SET
+    ids_visible: torch.Tensor = ALWAYS_SET
+    ids_masked: torch.Tensor = ALWAYS_SET
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
 
 
 @dataclass
@@ -78,22 +83,22 @@ class MIMForPreTrainingOutput(ModelOutput):
     hidden_states, attentions: of the encoder, over B·N.
     """
 
-    loss: torch.FloatTensor | None = None
-    objective: torch.FloatTensor | None = None
-    reconstruction_loss: torch.FloatTensor | None = None
-    mi_max_loss: torch.FloatTensor | None = None
-    mi_min_loss: torch.FloatTensor | None = None
-    approximation_loss: torch.FloatTensor | None = None
-    mi_active: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
-    mask: torch.FloatTensor | None = None
-    ids_restore: torch.LongTensor | None = None
-    latent_vector: torch.FloatTensor | None = None
-    latent_norm: torch.FloatTensor | None = None
-    min_variance: torch.FloatTensor | None = None
-    dead_variance_fraction: torch.FloatTensor | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
+    loss: torch.Tensor = ALWAYS_SET
+    objective: torch.Tensor = ALWAYS_SET
+    reconstruction_loss: torch.Tensor = ALWAYS_SET
+    mi_max_loss: torch.Tensor = ALWAYS_SET
+    mi_min_loss: torch.Tensor = ALWAYS_SET
+    approximation_loss: torch.Tensor = ALWAYS_SET
+    mi_active: torch.Tensor = ALWAYS_SET
+    logits: torch.Tensor | None = None
+    mask: torch.Tensor = ALWAYS_SET
+    ids_restore: torch.Tensor = ALWAYS_SET
+    latent_vector: torch.Tensor = ALWAYS_SET
+    latent_norm: torch.Tensor = ALWAYS_SET
+    min_variance: torch.Tensor = ALWAYS_SET
+    dead_variance_fraction: torch.Tensor = ALWAYS_SET
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
 
 
 def patchify(images: torch.Tensor, unit_size: int) -> torch.Tensor:
@@ -174,32 +179,50 @@ def init_linear(linear: nn.Linear, std: float | None) -> None:
         init.constant_(linear.bias, getattr(linear, "initial_bias", 0.0))
 
 
-class MIMPreTrainedMixin:
+class PatchEmbeddings(Protocol):
+    """What the encoders' embeddings have in common."""
+
+    def embed_patches(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = False) -> torch.Tensor:
+        """(B, C, H, W) → patches, images first."""
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    class _StockModel(PreTrainedModel):
+        """What the classes below are mixed into: transformers' classes of an encoder, with a configuration of ours."""
+
+        config: MIMConfigMixin
+else:
+    _StockModel = object
+
+
+class MIMPreTrainedMixin(_StockModel):
     """Loading and saving, for all classes of both models. As a base it goes before transformers' class."""
 
     # V predicts a variance that is divided by; bfloat16 weights would not do
-    _keep_in_fp32_modules_strict = ("approximator",)
+    _keep_in_fp32_modules_strict: Any = ("approximator",)
     # `Trainer` is told that the losses are means over a batch; else it would not average them over accumulated batches
     accepts_loss_kwargs = False
 
     @torch.no_grad()
-    def _init_weights(self, module: nn.Module):
+    def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.LayerNorm):
             init.ones_(module.weight)
             init.zeros_(module.bias)
         elif isinstance(module, InformationGate):
             init.zeros_(module.is_open)
 
-    def freeze_fixed_parameters(self):
+    def freeze_fixed_parameters(self) -> None:
         """V is not trained in ablation (d); loading a checkpoint would make it trainable."""
         for module in self.modules():
             if isinstance(module, GaussianApproximator):
                 module.requires_grad_(self.config.train_approximator)
 
     @classmethod
-    def from_pretrained(cls, *args, **kwargs):
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Self:
         """As in transformers; in addition, what is fixed stays fixed, and V in float32 where it is new, too."""
-        loaded = super().from_pretrained(*args, **kwargs)
+        loaded: Any = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model.freeze_fixed_parameters()
         for module in model.modules():
@@ -207,7 +230,7 @@ class MIMPreTrainedMixin:
                 module.float()
         return loaded
 
-    def save_pretrained(self, *args, save_original_format: bool = False, **kwargs):
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """As in transformers, but files hold the names of `state_dict()`, and `AutoModel` finds the encoder in them.
 
         The way back to transformers 4's names is not one-to-one: it would write `decoder.decoder_encoder.layer.*`.
@@ -216,15 +239,19 @@ class MIMPreTrainedMixin:
         encoder = type(self.base_model)
         name = f"{encoder.__module__.rsplit('.', 1)[-1]}.{encoder.__name__}"
         self.config.auto_map = {**(getattr(self.config, "auto_map", None) or {}), "AutoModel": name}
-        super().save_pretrained(*args, save_original_format=save_original_format, **kwargs)
+        super().save_pretrained(*args, **{"save_original_format": False, **kwargs})
 
 
-class MIMEncoderMixin:
-    """The two ways to see an image: whole, and as N masked views.
+class MIMEncoderMixin(_StockModel):
+    """The two ways to see an image: whole, and as N masked views. A model brings `embeddings` and `encode_views`."""
 
-    A model brings `embeddings.embed_patches(pixel_values, interpolate_pos_encoding)` → patches, and
-    `encode_views(patches, ids_visible, mask, …)` → `MaskedOutput`, all but the masks.
-    """
+    embeddings: PatchEmbeddings
+
+    def encode_views(
+        self, patches: torch.Tensor, ids_visible: torch.Tensor, mask: torch.Tensor, **kwargs: Any
+    ) -> MaskedOutput:
+        """Embedded patches → all of the output but the masks."""
+        raise NotImplementedError
 
     def encode(self, pixel_values: torch.Tensor) -> EncoderOutput:
         """Unmasked features of images of other sizes, too: what evaluation uses, for every model."""
@@ -236,7 +263,7 @@ class MIMEncoderMixin:
         pixel_values: torch.Tensor,
         noise: torch.Tensor | None = None,
         interpolate_pos_encoding: bool = False,
-        **kwargs,
+        **kwargs: Any,
     ) -> MaskedOutput:
         """N masked views of each image through the encoder; the patches are embedded once.
 
@@ -261,14 +288,23 @@ class MIMEncoderMixin:
         )
 
 
-class MIMForPreTrainingMixin:
+class MIMForPreTrainingMixin(_StockModel):
     """The pre-training objective (Eq. 11) over encoder, decoder and the approximator V.
 
-    A model brings an encoder (`base_model`) with `forward_masked(pixel_values, noise, …)` → `MaskedOutput`,
-    `decode(views, image_size)` → logits (B, N, L, P), and `pixel_error(difference)`, that of each pixel in Eq. 1.
+    A model brings an encoder (`base_model`), `decode` and `pixel_error`.
     """
 
-    def build_information_parts(self, in_features: int):
+    base_model: MIMEncoderMixin
+
+    def decode(self, views: MaskedOutput, image_size: Sequence[int]) -> torch.Tensor:
+        """Logits (B, N, L, P) of images of this (height, width)."""
+        raise NotImplementedError
+
+    def pixel_error(self, difference: torch.Tensor) -> torch.Tensor:
+        """That of each pixel in Eq. 1."""
+        raise NotImplementedError
+
+    def build_information_parts(self, in_features: int) -> None:
         """V, whose input has this width, and the gate."""
         config = self.config
         self.approximator = (
@@ -294,7 +330,7 @@ class MIMForPreTrainingMixin:
         noise: torch.Tensor | None = None,
         interpolate_pos_encoding: bool = False,
         return_logits: bool = True,
-        **kwargs,
+        **kwargs: Any,
     ) -> MIMForPreTrainingOutput:
         """Algorithm 1 for one batch.
 
@@ -345,7 +381,7 @@ class MIMForPreTrainingMixin:
             attentions=views.attentions,
         )
 
-    def decode_masked(self, views: MaskedOutput, image_size: tuple[int, int]) -> torch.Tensor:
+    def decode_masked(self, views: MaskedOutput, image_size: Sequence[int]) -> torch.Tensor:
         """Pixels of the masked units alone, (B, N, L-V, P), in the order of `ids_masked`."""
         return gather_patches(self.decode(views, image_size), views.ids_masked)
 
@@ -393,8 +429,11 @@ class MIMForPreTrainingMixin:
         )
 
 
-class MIMForImageClassificationMixin:
+class MIMForImageClassificationMixin(_StockModel):
     """The encoder (`base_model`) with a linear `classifier`, for fine-tuning."""
+
+    base_model: MIMEncoderMixin
+    classifier: nn.Linear | nn.Identity
 
     def pool(self, output: EncoderOutput) -> torch.Tensor:
         """What the classifier sees of an image, (B, D)."""
@@ -412,7 +451,7 @@ class MIMForImageClassificationMixin:
         pixel_values: torch.Tensor,
         labels: torch.Tensor | None = None,
         interpolate_pos_encoding: bool = False,
-        **kwargs,
+        **kwargs: Any,
     ) -> ImageClassifierOutput:
         """Logits (B, K), and their loss where there are labels.
 

@@ -14,8 +14,9 @@ of this file:
 B images, N masks, L patches, V visible patches per mask, D width, P = patch_size² · C values of a patch, K classes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import deepcopy
+from typing import Any
 
 import torch
 from torch import nn
@@ -103,6 +104,8 @@ def pool_tokens(tokens: torch.Tensor, pooling: str) -> torch.Tensor:
 class MIMAEEmbeddings(ViTMAEEmbeddings):
     """Patch embeddings plus fixed positions, once per image; masking is the model's business."""
 
+    config: MIMAEConfig
+
     def embed_patches(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = False) -> torch.Tensor:
         """(B, C, H, W) → patch embeddings plus positions (B, L, D).
 
@@ -130,7 +133,9 @@ class MIMAEEmbeddings(ViTMAEEmbeddings):
 class MIMAELastDecoderLayer(ViTMAELayer):
     """ViTMAE's block without the output of the first tokens, which are keys and values for the others."""
 
-    def forward(self, hidden_states: torch.Tensor, first_query: int) -> torch.Tensor:
+    def forward(  # type: ignore[override]  # only the decoder below calls it
+        self, hidden_states: torch.Tensor, first_query: int
+    ) -> torch.Tensor:
         """(B·N, T, D) → (B·N, T - first_query, D)."""
         normalised = self.layernorm_before(hidden_states)
         hidden_states = hidden_states[:, first_query:] + self.dropout(self.attend(normalised, first_query))
@@ -175,7 +180,7 @@ class MIMAEDecoder(ViTMAEDecoder):
         self.decoder_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.decoder_pred = nn.Linear(width, config.patch_size**2 * config.num_channels)
 
-    def forward(
+    def forward(  # type: ignore[override]  # only the model below calls it
         self,
         latent: torch.Tensor,
         ids_shuffle: torch.Tensor,
@@ -218,18 +223,19 @@ class MIMAEPreTrainedModel(MIMPreTrainedMixin, ViTMAEPreTrainedModel):
     class and mask token N(0, 0.02), sin-cos positions that stay fixed.
     """
 
+    config: MIMAEConfig
     config_class = MIMAEConfig
 
-    def post_init(self):
+    def post_init(self) -> None:
         # The official MAE draws q, k and v as one linear layer of 3D outputs
         for module in self.modules():
             if isinstance(module, ViTMAEAttention):
                 for projection in (module.q_proj, module.k_proj, module.v_proj):
-                    projection.initial_fan_out = 3 * projection.out_features
+                    projection.initial_fan_out = 3 * projection.out_features  # type: ignore[assignment]  # see `init_linear`
         super().post_init()
 
     @torch.no_grad()
-    def _init_weights(self, module: nn.Module):
+    def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, nn.Linear):
             init_linear(module, std=getattr(module, "initial_std", None))
@@ -237,7 +243,8 @@ class MIMAEPreTrainedModel(MIMPreTrainedMixin, ViTMAEPreTrainedModel):
             # the patch projection, (D, C, p, p): xavier-uniform as the linear layer over P values that it is
             bound = (6 / (module.weight.shape[0] + module.weight[0].numel())) ** 0.5
             init.uniform_(module.weight, -bound, bound)
-            init.zeros_(module.bias)
+            if module.bias is not None:
+                init.zeros_(module.bias)
         elif isinstance(module, ViTMAEEmbeddings):
             init.normal_(module.cls_token, std=self.config.initializer_range)
             init.copy_(module.position_embeddings, self._positions(self.config.hidden_size))
@@ -248,7 +255,7 @@ class MIMAEPreTrainedModel(MIMPreTrainedMixin, ViTMAEPreTrainedModel):
     def _positions(self, width: int) -> torch.Tensor:
         return sincos_positions(self.config.grid_size, width)
 
-    def freeze_fixed_parameters(self):
+    def freeze_fixed_parameters(self) -> None:
         """Nor are positions learned."""
         super().freeze_fixed_parameters()
         for module in self.modules():
@@ -264,19 +271,20 @@ class MIMAEPreTrainedModel(MIMPreTrainedMixin, ViTMAEPreTrainedModel):
 
 def build_blocks(config: MIMAEConfig, make: Callable[[int], ViTMAELayer]) -> nn.ModuleList:
     """The encoder's blocks, each made from its index, with drop path at a rate that grows from 0 in the first."""
-    blocks = nn.ModuleList(make(depth) for depth in range(config.num_hidden_layers))
+    blocks = [make(depth) for depth in range(config.num_hidden_layers)]
     for depth, block in enumerate(blocks):
         rate = config.drop_path_rate * depth / max(1, config.num_hidden_layers - 1)
         if rate > 0:  # both residual branches of a block end in its dropout
-            block.dropout = nn.Sequential(block.dropout, Dinov2DropPath(rate))
-    return blocks
+            block.add_module("dropout", nn.Sequential(block.dropout, Dinov2DropPath(rate)))
+    return nn.ModuleList(blocks)
 
 
 class MIMAEModel(MIMEncoderMixin, MIMAEPreTrainedModel, ViTMAEModel):
     """The encoder. `forward` and `encode` see the whole image and are deterministic; `forward_masked` sees views."""
 
+    embeddings: MIMAEEmbeddings
     # any checkpoint is loaded for its encoder without warnings about the rest
-    _keys_to_ignore_on_load_unexpected = (
+    _keys_to_ignore_on_load_unexpected: Any = (
         r"^decoder\.",
         r"^approximator\.",
         r"^mi_gate\.",
@@ -295,7 +303,9 @@ class MIMAEModel(MIMEncoderMixin, MIMAEPreTrainedModel, ViTMAEModel):
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
-    def forward(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = False, **kwargs) -> EncoderOutput:
+    def forward(
+        self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = False, **kwargs: Any
+    ) -> EncoderOutput:
         """Features of the whole image. Unlike ViTMAE's, never masked.
 
         Args:
@@ -317,7 +327,7 @@ class MIMAEModel(MIMEncoderMixin, MIMAEPreTrainedModel, ViTMAEModel):
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
     def encode_views(
-        self, patches: torch.Tensor, ids_visible: torch.Tensor, mask: torch.Tensor, **kwargs
+        self, patches: torch.Tensor, ids_visible: torch.Tensor, mask: torch.Tensor, **kwargs: Any
     ) -> MaskedOutput:
         """Encodes the visible ones of the patches (B, L, D), and nothing else; see `draw_masks`."""
         num_views = self.config.num_views
@@ -335,13 +345,14 @@ class MIMAEModel(MIMEncoderMixin, MIMAEPreTrainedModel, ViTMAEModel):
         """For layer decay: the embeddings, then the blocks; only the last norm is in none of them."""
         return [self.embeddings, *self.layers]
 
-    def _encode_sequence(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
+    def _encode_sequence(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         for layer in self.layers:
             hidden_states = layer(hidden_states, **kwargs)
         return self.layernorm(hidden_states)
 
 
-class MIMAEForPreTraining(MIMForPreTrainingMixin, MIMAEPreTrainedModel, ViTMAEForPreTraining):
+# ViTMAE's patchify has to be told that images of other sizes are welcome
+class MIMAEForPreTraining(MIMForPreTrainingMixin, MIMAEPreTrainedModel, ViTMAEForPreTraining):  # type: ignore[misc]
     """MI-MAE's pre-training objective over the ViT; its `forward` is Algorithm 1."""
 
     def __init__(self, config: MIMAEConfig):
@@ -352,15 +363,15 @@ class MIMAEForPreTraining(MIMForPreTrainingMixin, MIMAEPreTrainedModel, ViTMAEFo
         self.post_init()
         self.freeze_fixed_parameters()
 
-    def decode(self, views: MaskedOutput, image_size: tuple[int, int]) -> torch.Tensor:
+    def decode(self, views: MaskedOutput, image_size: Sequence[int]) -> torch.Tensor:
         """Pixels of every patch, (B, N, L, P), from the encoded views of images of this (height, width)."""
         return gather_patches(self._decode_from(views, image_size, 0), views.ids_restore)
 
-    def decode_masked(self, views: MaskedOutput, image_size: tuple[int, int]) -> torch.Tensor:
+    def decode_masked(self, views: MaskedOutput, image_size: Sequence[int]) -> torch.Tensor:
         """Pixels of the masked patches alone, (B, N, L-V, P), in the order of `ids_masked`."""
         return self._decode_from(views, image_size, views.ids_visible.shape[-1])
 
-    def _decode_from(self, views: MaskedOutput, image_size: tuple[int, int], first_predicted: int) -> torch.Tensor:
+    def _decode_from(self, views: MaskedOutput, image_size: Sequence[int], first_predicted: int) -> torch.Tensor:
         patch_size = self.config.patch_size
         return self.decoder(
             views.last_hidden_state,
@@ -383,7 +394,7 @@ class MIMAEForImageClassification(MIMForImageClassificationMixin, MIMAEPreTraine
     """
 
     # a checkpoint is loaded for its encoder without warnings about the rest
-    _keys_to_ignore_on_load_unexpected = (
+    _keys_to_ignore_on_load_unexpected: Any = (
         r"^decoder\.",
         r"^approximator\.",
         r"^mi_gate\.",
@@ -395,16 +406,16 @@ class MIMAEForImageClassification(MIMForImageClassificationMixin, MIMAEPreTraine
         super().__init__(config)
         self.vit = MIMAEModel(config)
         if config.classifier_pooling == "mean":
-            self.vit.layernorm = nn.Identity()
-            self.fc_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+            self.vit.add_module("layernorm", nn.Identity())
+            self.fc_norm: nn.Module = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         else:
             self.fc_norm = nn.Identity()
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
-        self.classifier.initial_std = 2e-5
+        self.classifier.initial_std = 2e-5  # type: ignore[assignment]  # see `init_linear`
         self.post_init()
         self.freeze_fixed_parameters()
 
-    def freeze_fixed_parameters(self):
+    def freeze_fixed_parameters(self) -> None:
         """Nothing is fixed: fine-tuning moves the positions, too, as in the official MAE."""
         self.vit.embeddings.position_embeddings.requires_grad_(True)
 

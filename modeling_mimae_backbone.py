@@ -8,6 +8,8 @@ segmentation. Shapes:
     S side of a window in patches, M windows of an image
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers import initialization as init
@@ -141,7 +143,7 @@ class MIMAEBackboneAttention(ViTMAEAttention):
         super().__init__(config)
         self.window_size = window_size
         is_window = window_size is not None
-        grid_size = (window_size, window_size) if is_window else config.grid_size
+        grid_size = config.grid_size if window_size is None else (window_size, window_size)
         self.relative_position_bias = self.relative_positions = None
         if config.use_relative_position_bias:
             self.relative_position_bias = RelativePositionBias(
@@ -150,23 +152,24 @@ class MIMAEBackboneAttention(ViTMAEAttention):
         elif config.use_relative_position_embeddings:
             self.relative_positions = RelativePositionEmbeddings(self.head_dim, grid_size, is_window=is_window)
 
-    def forward(
+    def forward(  # type: ignore[override]  # only the blocks below call it
         self,
         hidden_states: torch.Tensor,
         attention_mask: None = None,
         *,
         grid_size: tuple[int, int],
-        **kwargs,
+        **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(B, T, D) → the same, and attention probabilities where the implementation gives them."""
         if self.window_size is None or self.window_size >= max(grid_size):
             return self.attend(hidden_states, grid_size, **kwargs)
         windows = split_into_windows(hidden_states.unflatten(1, grid_size), self.window_size)
-        output, weights = self.attend(windows.flatten(1, 2), windows.shape[1:3], **kwargs)
-        return join_windows(output.unflatten(1, windows.shape[1:3]), grid_size).flatten(1, 2), weights
+        window = (self.window_size, self.window_size)
+        output, weights = self.attend(windows.flatten(1, 2), window, **kwargs)
+        return join_windows(output.unflatten(1, window), grid_size).flatten(1, 2), weights
 
     def attend(
-        self, hidden_states: torch.Tensor, grid_size: tuple[int, int], **kwargs
+        self, hidden_states: torch.Tensor, grid_size: tuple[int, int], **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attention of all tokens (B, T, D) of one grid to each other."""
         query, key, value = (
@@ -222,7 +225,7 @@ class MIMAEBackbone(BackboneMixin, MIMAEPreTrainedModel):
     """
 
     # a checkpoint is loaded for its encoder without warnings about the rest
-    _keys_to_ignore_on_load_unexpected = (
+    _keys_to_ignore_on_load_unexpected: Any = (
         r"^decoder\.",
         r"^approximator\.",
         r"^mi_gate\.",
@@ -250,7 +253,7 @@ class MIMAEBackbone(BackboneMixin, MIMAEPreTrainedModel):
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
-    def forward(self, pixel_values: torch.Tensor, **kwargs) -> BackboneOutput:
+    def forward(self, pixel_values: torch.Tensor, **kwargs: Any) -> BackboneOutput:
         """Feature maps of the stages that the configuration names.
 
         Args:
@@ -286,23 +289,22 @@ class MIMAEBackbone(BackboneMixin, MIMAEPreTrainedModel):
             )
 
     @torch.no_grad()
-    def _init_weights(self, module: nn.Module):
+    def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, nn.ConvTranspose2d):  # torch's default, on the meta device, too
             bound = module.weight[0].numel() ** -0.5
-            init.uniform_(module.weight, -bound, bound)
-            init.uniform_(module.bias, -bound, bound)
+            for parameter in module.parameters():
+                init.uniform_(parameter, -bound, bound)
         elif isinstance(module, nn.BatchNorm2d):
             init.ones_(module.weight)
             init.zeros_(module.bias)
-            init.zeros_(module.running_mean)
-            init.ones_(module.running_var)
-            init.zeros_(module.num_batches_tracked)
+            for name, buffer in module.named_buffers():
+                (init.ones_ if name == "running_var" else init.zeros_)(buffer)
         elif isinstance(module, RelativePositionBias | RelativePositionEmbeddings):
             for table in module.parameters(recurse=False):
                 init.zeros_(table)
 
-    def freeze_fixed_parameters(self):
+    def freeze_fixed_parameters(self) -> None:
         """Nothing is fixed but an unused class token: data-parallel training would wait for its gradient."""
         self.embeddings.position_embeddings.requires_grad_(True)
         self.embeddings.cls_token.requires_grad_(self.has_class_token)

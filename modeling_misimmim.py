@@ -15,6 +15,9 @@ B images, N masks, L units of a mask, V visible units, s² patches in a unit, T 
 first stage, D of the last, P = mask_patch_size² · C values of a unit, K classes.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import nn
 from transformers import SwinForImageClassification, SwinForMaskedImageModeling, SwinModel
@@ -27,6 +30,7 @@ from transformers.models.swin.modeling_swin import (
     SwinDropPath,
     SwinEmbeddings,
     SwinEncoder,
+    SwinLayer,
     SwinMLP,
     SwinPreTrainedModel,
     SwinRelativePositionBias,
@@ -80,6 +84,8 @@ def as_map(tokens: torch.Tensor, grid_size: tuple[int, int]) -> torch.Tensor:
 class MISimMIMEmbeddings(SwinEmbeddings):
     """Patch embeddings, once per image; masking is the model's business. Swin's positions are in its attention."""
 
+    config: MISimMIMConfig
+
     def embed_patches(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = False) -> torch.Tensor:
         """(B, C, H, W) → normalised patch embeddings (B, D₁, H/p, W/p).
 
@@ -123,10 +129,11 @@ class MISimMIMPreTrainedModel(MIMPreTrainedMixin, SwinPreTrainedModel):
     from N(0, 0.02). V starts as in MI-MAE.
     """
 
+    config: MISimMIMConfig
     config_class = MISimMIMConfig
 
     @torch.no_grad()
-    def _init_weights(self, module: nn.Module):
+    def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         std = self.config.initializer_range
         if isinstance(module, nn.Linear):
@@ -134,8 +141,8 @@ class MISimMIMPreTrainedModel(MIMPreTrainedMixin, SwinPreTrainedModel):
             init_linear(module, std=None if is_of_approximator else std)
         elif isinstance(module, nn.Conv2d):
             bound = module.weight[0].numel() ** -0.5
-            init.uniform_(module.weight, -bound, bound)
-            init.uniform_(module.bias, -bound, bound)
+            for parameter in module.parameters():
+                init.uniform_(parameter, -bound, bound)
         elif isinstance(module, SwinEmbeddings) and module.mask_token is not None:
             init.trunc_normal_(module.mask_token, std=std)
         elif isinstance(module, SwinRelativePositionBias):
@@ -157,7 +164,7 @@ class MISimMIMEncoder(MISimMIMPreTrainedModel, SwinEncoder):
 
     def __init__(self, config: MISimMIMConfig, grid_size: tuple[int, int]):
         SwinEncoder.__init__(self, config, grid_size)
-        for block in (block for stage in self.layers for block in stage.blocks):
+        for block in [module for module in self.modules() if isinstance(module, SwinLayer)]:
             if isinstance(block.drop_path, SwinDropPath):
                 block.mlp = DroppableMLP(block.mlp, block.drop_path.drop_prob)
             if min(block.input_resolution) <= config.window_size:
@@ -167,8 +174,9 @@ class MISimMIMEncoder(MISimMIMPreTrainedModel, SwinEncoder):
 class MISimMIMModel(MIMEncoderMixin, MISimMIMPreTrainedModel, SwinModel):
     """The encoder. `forward` and `encode` see the whole image; `forward_masked`, with a mask token, sees views."""
 
+    embeddings: MISimMIMEmbeddings
     # any checkpoint is loaded for its encoder without warnings about the rest
-    _keys_to_ignore_on_load_unexpected = (
+    _keys_to_ignore_on_load_unexpected: Any = (
         *SwinPreTrainedModel._keys_to_ignore_on_load_unexpected,
         r"^decoder\.",
         r"^approximator\.",
@@ -186,7 +194,9 @@ class MISimMIMModel(MIMEncoderMixin, MISimMIMPreTrainedModel, SwinModel):
         self.freeze_fixed_parameters()
 
     @can_return_tuple
-    def forward(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = False, **kwargs) -> EncoderOutput:
+    def forward(
+        self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = False, **kwargs: Any
+    ) -> EncoderOutput:
         """Features of the whole image.
 
         Args:
@@ -207,7 +217,7 @@ class MISimMIMModel(MIMEncoderMixin, MISimMIMPreTrainedModel, SwinModel):
         )
 
     def encode_views(
-        self, patches: torch.Tensor, ids_visible: torch.Tensor, mask: torch.Tensor, **kwargs
+        self, patches: torch.Tensor, ids_visible: torch.Tensor, mask: torch.Tensor, **kwargs: Any
     ) -> MaskedOutput:
         """Encodes patches (B, D₁, H/p, W/p), with mask tokens in place of the masked ones; see `draw_masks`."""
         if self.embeddings.mask_token is None:
@@ -234,7 +244,7 @@ class MISimMIMModel(MIMEncoderMixin, MISimMIMPreTrainedModel, SwinModel):
             attentions=output.attentions,
         )
 
-    def _encode_map(self, patches: torch.Tensor, **kwargs) -> tuple[EncoderOutput, torch.Tensor]:
+    def _encode_map(self, patches: torch.Tensor, **kwargs: Any) -> tuple[EncoderOutput, torch.Tensor]:
         """(B, D₁, H/p, W/p) → the encoder's output, and the last map (B, D, h, w) after the last norm."""
         grid_size = patches.shape[-2:]
         hidden_states = self.embeddings.dropout(patches.flatten(2).transpose(1, 2))
@@ -249,8 +259,9 @@ class MISimMIMModel(MIMEncoderMixin, MISimMIMPreTrainedModel, SwinModel):
 
         As in the official SimMIM, a stage's downsampling counts to its last block.
         """
-        depths = [self.embeddings]
-        for stage in self.encoder.layers:
+        depths: list[nn.Module] = [self.embeddings]
+        stages: Any = self.encoder.layers
+        for stage in stages:
             *blocks, last = stage.blocks
             depths += [*blocks, last if stage.downsample is None else nn.ModuleList([last, stage.downsample])]
         return depths
@@ -270,7 +281,7 @@ class MISimMIMForPreTraining(MIMForPreTrainingMixin, MISimMIMPreTrainedModel, Sw
         self.post_init()
         self.freeze_fixed_parameters()
 
-    def decode(self, views: MaskedOutput, image_size: tuple[int, int]) -> torch.Tensor:
+    def decode(self, views: MaskedOutput, image_size: Sequence[int]) -> torch.Tensor:
         """Pixels of every unit, (B, N, L, P), from the encoded views of images of this (height, width)."""
         stride = self.config.encoder_stride
         feature_map = as_map(views.last_hidden_state, (image_size[0] // stride, image_size[1] // stride))
@@ -288,7 +299,7 @@ class MISimMIMForImageClassification(
     """The encoder with a linear classifier on the mean of the last map, for fine-tuning as SimMIM does it."""
 
     # a checkpoint is loaded for its encoder without warnings about the rest
-    _keys_to_ignore_on_load_unexpected = MISimMIMModel._keys_to_ignore_on_load_unexpected
+    _keys_to_ignore_on_load_unexpected: Any = MISimMIMModel._keys_to_ignore_on_load_unexpected
 
     def __init__(self, config: MISimMIMConfig):
         SwinPreTrainedModel.__init__(self, config)

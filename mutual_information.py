@@ -13,6 +13,7 @@ Shapes: B images of this process, N masks, V visible patches, D features of the 
 import contextlib
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -127,7 +128,7 @@ def club_upper_bound(
     return _reduce_features(bound, reduction).mean()
 
 
-def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
+def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """Autocast would multiply matrices in bfloat16; the meta device knows no autocast."""
     return contextlib.nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
@@ -169,13 +170,13 @@ class GaussianApproximator(nn.Module):
         second = nn.Linear(hidden_features, hidden_features)
         last = nn.Linear(hidden_features, out_features)
         for layer, bias in ((first, 0.0), (second, 0.0), (last, last_bias)):
-            layer.initial_bias = bias  # read by the models' `_init_weights`
+            layer.initial_bias = bias  # type: ignore[assignment]  # read by the models' `_init_weights`
         return nn.Sequential(first, nn.GELU(), second, last, activation)
 
     def forward(self, visible: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(…, in_features) → mean (…, D) and variance (…, D), float32 also under autocast."""
         with _without_autocast(visible.device):
-            visible = visible.to(self.mean[0].weight.dtype)
+            visible = visible.to(self.mean[0].weight.dtype)  # type: ignore[arg-type]  # of a Linear
             return self.mean(visible).float(), self.variance(visible).float() + self.variance_eps
 
 
@@ -190,6 +191,8 @@ class InformationGate(nn.Module):
         threshold: ε_l; None = always open.
         mode: "latch" stays open once opened, "step" decides anew at each step.
     """
+
+    is_open: torch.Tensor
 
     def __init__(self, threshold: float | None, mode: str):
         super().__init__()
@@ -267,14 +270,14 @@ class _AllGather(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, tensor: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, tensor: torch.Tensor) -> torch.Tensor:
         ctx.num_local = tensor.shape[0]
         gathered = tensor.new_empty((dist.get_world_size() * tensor.shape[0], *tensor.shape[1:]))
         dist.all_gather_into_tensor(gathered, tensor.contiguous())
         return gathered
 
     @staticmethod
-    def backward(ctx, grad: torch.Tensor) -> torch.Tensor:
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
         grad = grad.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(grad)
         return grad.narrow(0, dist.get_rank() * ctx.num_local, ctx.num_local)

@@ -110,7 +110,7 @@ class MaskRCNNConfig(PreTrainedConfig):
         """Of the five levels, in pixels."""
         return tuple(int(self.backbone_config.patch_size * stride) for stride in LEVEL_STRIDES)
 
-    def validate_backbone_config(self):
+    def validate_backbone_config(self) -> None:
         """Part of `@strict`'s validation: the encoder suits a pyramid."""
         if not isinstance(self.backbone_config, MIMAEConfig):
             raise ValueError(f"backbone_config is a {type(self.backbone_config).__name__}: a MIMAEConfig is needed")
@@ -228,7 +228,7 @@ class MaskRCNNForInstanceSegmentation(PreTrainedModel):
         self.roi_heads = _region_heads(config)
         self.post_init()
 
-    def post_init(self):
+    def post_init(self) -> None:
         """Marks the layers that start from a normal distribution, as in detectron2, before all are initialised."""
         heads = self.roi_heads
         for layer in self.rpn.head.modules():

@@ -29,7 +29,7 @@ def ranked_classes(logits: torch.Tensor, k: int = TOP) -> torch.Tensor:
 
 
 class InMemoryMetric(evaluate.Metric):
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__(keep_in_memory=True)
 
     def _build_data_dir(self) -> str:

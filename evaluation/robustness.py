@@ -129,7 +129,7 @@ class RestrictedClassifier(nn.Module):
 # --- ImageNet-C -----------------------------------------------------------------------------------------------------
 
 
-def corruption_folders(root: str | os.PathLike) -> dict[tuple[str, int], Path]:
+def corruption_folders(root: str | os.PathLike[str]) -> dict[tuple[str, int], Path]:
     """The 75 image folders of ImageNet-C, with a folder for each class in them.
 
     They are `root/gaussian_noise/1` to `root/jpeg_compression/5`, with or without the folders that the published

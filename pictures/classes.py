@@ -33,7 +33,7 @@ FEWEST_FOR_TSNE = 50  # it balances about 30 neighbours of each point against th
 
 
 def save_confusion_matrix(
-    labels: np.ndarray, predictions: np.ndarray, label_names: Sequence[str], path: str | os.PathLike
+    labels: np.ndarray, predictions: np.ndarray, label_names: Sequence[str], path: str | os.PathLike[str]
 ) -> None:
     """Draw the confusion matrix, in per cent of each true class, as a PNG that appears whole or not at all.
 
@@ -78,7 +78,7 @@ def save_feature_map(
     features: np.ndarray,
     labels: np.ndarray,
     label_names: Sequence[str],
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
     *,
     method: Literal["tsne", "pca"] = "tsne",
     seed: int = 0,
@@ -119,7 +119,7 @@ def save_feature_map(
     save_figure(_draw_points(points, labels, label_names, title), path, DPI)
 
 
-def save_figure(figure: Figure, path: str | os.PathLike, dpi: float) -> None:
+def save_figure(figure: Figure, path: str | os.PathLike[str], dpi: float) -> None:
     """Write a figure as a PNG that appears at `path` whole or not at all."""
     path = Path(path)
     partial = path.with_name(f".{path.name}.partial")

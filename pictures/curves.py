@@ -58,8 +58,8 @@ Series = dict[str, dict[int, float]]
 
 
 def save_curves(
-    metrics_path: str | os.PathLike,
-    picture_path: str | os.PathLike,
+    metrics_path: str | os.PathLike[str],
+    picture_path: str | os.PathLike[str],
     *,
     panels: Panels = PRETRAINING_PANELS,
     gate_threshold: float | None = None,

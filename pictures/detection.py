@@ -29,7 +29,7 @@ def save_detections(
     detections: Sequence[dict[str, Any]],
     references: Sequence[dict[str, Any]],
     class_names: Sequence[str],
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
     *,
     min_score: float = 0.5,
 ) -> None:

@@ -62,7 +62,7 @@ def reconstruction_images(
 
 
 def save_reconstructions(
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
     pixel_values: torch.Tensor,
     logits: torch.Tensor,
     mask: torch.Tensor,

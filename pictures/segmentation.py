@@ -32,7 +32,7 @@ def save_segmentations(
     predictions: Sequence[torch.Tensor],
     references: Sequence[torch.Tensor],
     class_names: Sequence[str],
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
 ) -> None:
     """Draw images, truth and predictions beside each other as a PNG that appears whole or not at all.
 

@@ -37,7 +37,7 @@ class WarmupSchedule(ABC):
     total_steps: int
     start: float = 0.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.warmup_steps >= self.total_steps:
             logger.warning("the run of %d steps ends within its warm-up of %d", self.total_steps, self.warmup_steps)
 
@@ -81,7 +81,7 @@ class WarmupMultiStep(WarmupSchedule):
     milestones: tuple[int, ...]
     gamma: float
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if idle := [step for step in self.milestones if not self.warmup_steps <= step < self.total_steps]:
             logger.warning(

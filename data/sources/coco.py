@@ -68,7 +68,7 @@ class CocoAnnotations:
     left_out: dict[str, list[int]]
 
 
-def read_annotations(path: str | os.PathLike) -> CocoAnnotations:
+def read_annotations(path: str | os.PathLike[str]) -> CocoAnnotations:
     """Reads and checks an annotation file, without rasterising a mask.
 
     Raises:
@@ -148,7 +148,7 @@ class CocoSource(DenseSource):
         ValueError: what `read_annotations` refuses; images that are not in the folder; no image is left.
     """
 
-    def __init__(self, path: str | os.PathLike, image_dir: str | os.PathLike, *, keep_empty: bool):
+    def __init__(self, path: str | os.PathLike[str], image_dir: str | os.PathLike[str], *, keep_empty: bool):
         annotations = read_annotations(path)
         objects = {
             image_id: [annotation for annotation in found if not is_crowd(annotation)]
@@ -236,7 +236,7 @@ class CocoSource(DenseSource):
         return None
 
 
-def _parse(path: str | os.PathLike) -> dict[str, Any]:
+def _parse(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not Path(path).is_file():
         raise ValueError(f"there is no annotation file {path}")
     try:
@@ -249,7 +249,7 @@ def _parse(path: str | os.PathLike) -> dict[str, Any]:
     return content
 
 
-def _by_id(content: dict[str, Any], section: str, path: str | os.PathLike) -> dict[int, dict[str, Any]]:
+def _by_id(content: dict[str, Any], section: str, path: str | os.PathLike[str]) -> dict[int, dict[str, Any]]:
     entries: dict[int, dict[str, Any]] = {}
     for position, entry in enumerate(content[section]):
         missing = [key for key in REQUIRED_KEYS[section] if not isinstance(entry, dict) or key not in entry]
@@ -322,7 +322,7 @@ def _pack(annotations: Sequence[Annotation]) -> bytes:
     return json.dumps([{key: annotation[key] for key in USED_KEYS} for annotation in annotations]).encode()
 
 
-def _check_files(image_dir: Path, names: Sequence[str], path: str | os.PathLike) -> None:
+def _check_files(image_dir: Path, names: Sequence[str], path: str | os.PathLike[str]) -> None:
     """Lists each folder once instead of looking for each of 100,000 files, which is slow on a network drive."""
     if not image_dir.is_dir():
         raise ValueError(f"the image folder {image_dir} is not a folder")

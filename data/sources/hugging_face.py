@@ -82,7 +82,7 @@ def open_dataset(
     name: str,
     streaming: bool,
     columns: tuple[str | None, str | None],
-    cache_dir: str | os.PathLike | None,
+    cache_dir: str | os.PathLike[str] | None,
     **place: Any,
 ) -> ImageSource:
     """Opens what 🤗 Datasets' `load_dataset(path, ...)` would, as an `ImageSource`.
@@ -116,7 +116,7 @@ def open_dataset(
     )
 
 
-def dataset_splits(path: str, *, name: str, cache_dir: str | os.PathLike | None, **place: Any) -> list[str]:
+def dataset_splits(path: str, *, name: str, cache_dir: str | os.PathLike[str] | None, **place: Any) -> list[str]:
     """The splits of what `open_dataset` would open. Raises: ValueError, without access."""
     with explained_access(name):
         return _splits(dataset_builder(path, cache_dir=cache_dir, **place))
@@ -125,7 +125,7 @@ def dataset_splits(path: str, *, name: str, cache_dir: str | os.PathLike | None,
 def dataset_builder(
     path: str,
     *,
-    cache_dir: str | os.PathLike | None,
+    cache_dir: str | os.PathLike[str] | None,
     config_name: str | None = None,
     data_dir: str | None = None,
     data_files: dict[str, list[str]] | None = None,
@@ -144,7 +144,7 @@ def _open_shards(
     *,
     name: str,
     columns: tuple[str | None, str | None],
-    cache_dir: str | os.PathLike | None,
+    cache_dir: str | os.PathLike[str] | None,
 ) -> ParquetSource | TarSource:
     resolved = builder.config.data_files[split]
     files = [str(file) for file in resolved]

@@ -16,16 +16,16 @@ IMAGE_FILES = "*-images-idx3-ubyte*"
 FILE_PREFIX = {"train": "train", "test": "t10k"}
 
 
-def is_idx_folder(folder: str | os.PathLike) -> bool:
+def is_idx_folder(folder: str | os.PathLike[str]) -> bool:
     return any(Path(folder).glob(IMAGE_FILES))
 
 
-def idx_splits(folder: str | os.PathLike) -> list[str]:
+def idx_splits(folder: str | os.PathLike[str]) -> list[str]:
     """The splits of which the folder has images."""
     return [name for name, prefix in FILE_PREFIX.items() if any(Path(folder).glob(prefix + IMAGE_FILES[1:]))]
 
 
-def open_idx_folder(folder: str | os.PathLike, split: str) -> ArraySource:
+def open_idx_folder(folder: str | os.PathLike[str], split: str) -> ArraySource:
     """Opens one split of an IDX folder.
 
     Raises:
@@ -61,7 +61,7 @@ def read_idx(path: Path, *, ndim: int) -> np.ndarray:
     return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
 
 
-def _find(folder: str | os.PathLike, name: str) -> Path:
+def _find(folder: str | os.PathLike[str], name: str) -> Path:
     for path in (Path(folder, name), Path(folder, name + ".gz")):
         if path.is_file():
             return path

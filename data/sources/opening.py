@@ -33,9 +33,9 @@ class FolderKind(NamedTuple):
     open: the source of one of them.
     """
 
-    recognises: Callable[[str | os.PathLike], bool]
-    splits: Callable[[str | os.PathLike], list[str]]
-    open: Callable[[str | os.PathLike, str], ImageSource]
+    recognises: Callable[[str | os.PathLike[str]], bool]
+    splits: Callable[[str | os.PathLike[str]], list[str]]
+    open: Callable[[str | os.PathLike[str], str], ImageSource]
 
 
 FOLDER_KINDS = [FolderKind(is_idx_folder, idx_splits, open_idx_folder)]
@@ -46,12 +46,12 @@ def open_image_source(
     split: str = "train",
     dataset_name: str | None = None,
     dataset_config_name: str | None = None,
-    train_dir: str | os.PathLike | None = None,
+    train_dir: str | os.PathLike[str] | None = None,
     data_files: str | Sequence[str] | None = None,
     streaming: bool = False,
     image_column_name: str | None = None,
     label_column_name: str | None = None,
-    cache_dir: str | os.PathLike | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
     flag: str | None = None,
 ) -> ImageSource:
     """Opens a split of a data set; images stay encoded until a loader decodes them.
@@ -104,8 +104,8 @@ def image_splits(
     *,
     dataset_name: str | None = None,
     dataset_config_name: str | None = None,
-    train_dir: str | os.PathLike | None = None,
-    cache_dir: str | os.PathLike | None = None,
+    train_dir: str | os.PathLike[str] | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
 ) -> list[str]:
     """The splits that a data set or a folder has, none of which is opened; see `open_image_source`.
 
@@ -160,7 +160,7 @@ def folder_patterns(folder: Path) -> dict[str, list[str]]:
     return patterns or {"train": ["**"]}
 
 
-def _folder_kind(folder: str | os.PathLike, flag: str) -> FolderKind | None:
+def _folder_kind(folder: str | os.PathLike[str], flag: str) -> FolderKind | None:
     """None where it is a folder of images, which 🤗 Datasets reads."""
     if not Path(folder).is_dir():
         raise ValueError(f"{flag} {folder} is not a folder")
@@ -168,7 +168,7 @@ def _folder_kind(folder: str | os.PathLike, flag: str) -> FolderKind | None:
 
 
 def _folder_or_name(
-    dataset_name: str | None, dataset_config_name: str | None, train_dir: str | os.PathLike | None
+    dataset_name: str | None, dataset_config_name: str | None, train_dir: str | os.PathLike[str] | None
 ) -> dict[str, Any]:
     """What 🤗 Datasets is to open."""
     if train_dir:

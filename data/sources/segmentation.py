@@ -107,15 +107,15 @@ def open_segmentation_source(
     split: str = "train",
     dataset_name: str | None = None,
     dataset_config_name: str | None = None,
-    train_dir: str | os.PathLike | None = None,
+    train_dir: str | os.PathLike[str] | None = None,
     data_files: str | Sequence[str] | None = None,
     image_column_name: str | None = None,
     annotation_column_name: str | None = None,
     class_names: Sequence[str] | None = None,
-    class_names_file: str | os.PathLike | None = None,
+    class_names_file: str | os.PathLike[str] | None = None,
     num_classes: int | None = None,
     reduce_zero_label: bool = False,
-    cache_dir: str | os.PathLike | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
     flag: str = "--data_files",
 ) -> SegmentationSource:
     """Opens a split of a segmentation set; images and masks stay encoded until a loader decodes them.
@@ -174,7 +174,7 @@ def open_segmentation_source(
     return SegmentationSource(images, masks, class_names=class_names, reduce_zero_label=reduce_zero_label)
 
 
-def read_class_names(path: str | os.PathLike) -> list[str]:
+def read_class_names(path: str | os.PathLike[str]) -> list[str]:
     """Reads names, one a line.
 
     Raises:

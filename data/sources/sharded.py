@@ -119,7 +119,7 @@ class ParquetSource(ShardedSource):
         image_column: str,
         label_column: str | None,
         label_names: list[str] | None,
-        cache_dir: str | os.PathLike | None,
+        cache_dir: str | os.PathLike[str] | None,
     ):
         listing = _cached_listing("parquet", files, identities, cache_dir, _list_row_groups)
         super().__init__(files, [rows for rows, _ in listing], label_names=label_names)
@@ -188,7 +188,7 @@ class TarSource(ShardedSource):
         image_fields: tuple[str, ...],
         label_field: str | None,
         label_names: list[str] | None,
-        cache_dir: str | os.PathLike | None,
+        cache_dir: str | os.PathLike[str] | None,
     ):
         def list_samples(path: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
             return _list_samples(path, image_fields, label_field)
@@ -327,7 +327,7 @@ def _cached_listing(
     kind: str,
     files: Sequence[str],
     identities: Sequence[tuple[str, ...]] | None,
-    cache_dir: str | os.PathLike | None,
+    cache_dir: str | os.PathLike[str] | None,
     list_file: Callable[[str], tuple[np.ndarray, ...]],
 ) -> list[tuple[np.ndarray, ...]]:
     """Lists every file in parallel, or takes the listing of the same, unchanged files from disk.

@@ -98,7 +98,7 @@ def low_shot_indices(
     return np.sort(np.concatenate(drawn))
 
 
-def read_subset_file(path: str | os.PathLike, source: ImageSource) -> np.ndarray:
+def read_subset_file(path: str | os.PathLike[str], source: ImageSource) -> np.ndarray:
     """Finds the images that a file lists, one name a line, as SimCLR's `1percent.txt` does.
 
     Names are compared without folders, extension and a WordNet id at the end: shards and copies of ImageNet differ in

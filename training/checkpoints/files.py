@@ -14,7 +14,7 @@ class CheckpointError(RuntimeError):
     """A checkpoint cannot be written, is damaged, or belongs to another model."""
 
 
-def load_tensors(path: str | os.PathLike) -> dict[str, torch.Tensor]:
+def load_tensors(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
     """The tensors of a safetensors file, in memory of their own.
 
     Raises:
@@ -27,7 +27,7 @@ def load_tensors(path: str | os.PathLike) -> dict[str, torch.Tensor]:
         raise CheckpointError(f"{path} is no readable safetensors file ({error})") from error
 
 
-def read_json(path: str | os.PathLike) -> Any:
+def read_json(path: str | os.PathLike[str]) -> Any:
     """The content of a JSON file.
 
     Raises:
@@ -39,6 +39,6 @@ def read_json(path: str | os.PathLike) -> Any:
         raise CheckpointError(f"{path} is no readable JSON file ({error})") from error
 
 
-def write_json(path: str | os.PathLike, value: Any) -> None:
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
     """Write `value` as indented JSON that ends with its last bracket, so that the loss of a single byte is noticed."""
     Path(path).write_text(json.dumps(value, indent=2), encoding="utf-8")

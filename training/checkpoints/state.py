@@ -16,7 +16,9 @@ OPTIMIZER_TENSORS_NAME = "optimizer.safetensors"
 OPTIMIZER_GROUPS_NAME = "optimizer.json"
 
 
-def save_optimizer(folder: str | os.PathLike, optimizer: torch.optim.Optimizer, parameter_names: list[str]) -> None:
+def save_optimizer(
+    folder: str | os.PathLike[str], optimizer: torch.optim.Optimizer, parameter_names: list[str]
+) -> None:
     """Write an optimiser's state as `optimizer.safetensors` and its groups' hyper-parameters as `optimizer.json`.
 
     Args:
@@ -38,7 +40,9 @@ def save_optimizer(folder: str | os.PathLike, optimizer: torch.optim.Optimizer, 
     write_json(Path(folder) / OPTIMIZER_GROUPS_NAME, {"param_groups": groups})
 
 
-def load_optimizer(folder: str | os.PathLike, optimizer: torch.optim.Optimizer, parameter_names: list[str]) -> None:
+def load_optimizer(
+    folder: str | os.PathLike[str], optimizer: torch.optim.Optimizer, parameter_names: list[str]
+) -> None:
     """Restore, bit for bit, what `save_optimizer` wrote, onto the devices of the optimiser's parameters.
 
     Raises:
@@ -61,7 +65,7 @@ def load_optimizer(folder: str | os.PathLike, optimizer: torch.optim.Optimizer, 
 
 
 def _check_same_parameters(
-    folder: str | os.PathLike,
+    folder: str | os.PathLike[str],
     groups: list[dict[str, Any]],
     tensors: dict[str, torch.Tensor],
     optimizer: torch.optim.Optimizer,

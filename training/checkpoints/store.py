@@ -32,7 +32,7 @@ class CheckpointStore:
         ValueError: `total_limit` is below two. With one, damage to the newest would lose the run.
     """
 
-    def __init__(self, output_dir: str | os.PathLike, total_limit: int | None = 3):
+    def __init__(self, output_dir: str | os.PathLike[str], total_limit: int | None = 3):
         if total_limit is not None and total_limit < 2:
             raise ValueError(
                 f"checkpoints_total_limit is {total_limit}, but at least 2 checkpoints are kept, so that one damaged "
@@ -139,7 +139,7 @@ class CheckpointStore:
             _discard(folder)
 
 
-def verify(folder: str | os.PathLike) -> list[str]:
+def verify(folder: str | os.PathLike[str]) -> list[str]:
     """What is wrong with a checkpoint, in words; an empty list means that every byte is as it was written.
 
     Files that others have put there since, as file managers and network file systems do, are no matter: none is read.
