@@ -4,7 +4,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 OUTPUT_DIR ?= outputs/demo
 
-.PHONY: install demo test test-slow drills bench replicate lint format clean
+.PHONY: install demo test test-slow drills bench replicate lint types format clean
 
 install: $(INSTALLED)
 
@@ -33,9 +33,15 @@ bench: install
 replicate: install
 	MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=68719476736 $(BIN)/python -m mimae.replication
 
-lint: install
+lint: install types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# the root is the package, whatever its folder is called: mypy sees it as build/types/mimae
+types: install
+	mkdir -p build/types
+	ln -sfn ../.. build/types/mimae
+	$(BIN)/mypy
 
 format: install
 	$(BIN)/ruff check --fix .

@@ -243,7 +243,10 @@ class MIMPreTrainedMixin(_StockModel):
 
 
 class MIMEncoderMixin(_StockModel):
-    """The two ways to see an image: whole, and as N masked views. A model brings `embeddings` and `encode_views`."""
+    """The two ways to see an image: whole, and as N masked views.
+
+    A model brings `embeddings`, `encode_views` and `modules_by_depth`.
+    """
 
     embeddings: PatchEmbeddings
 
@@ -251,6 +254,10 @@ class MIMEncoderMixin(_StockModel):
         self, patches: torch.Tensor, ids_visible: torch.Tensor, mask: torch.Tensor, **kwargs: Any
     ) -> MaskedOutput:
         """Embedded patches → all of the output but the masks."""
+        raise NotImplementedError
+
+    def modules_by_depth(self) -> list[nn.Module]:
+        """For layer decay: the embeddings, then the blocks."""
         raise NotImplementedError
 
     def encode(self, pixel_values: torch.Tensor) -> EncoderOutput:

@@ -15,6 +15,7 @@ promise of `Generator.permutation`. So an order, once drawn, can be drawn again 
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.random.bit_generator import ISeedSequence
@@ -132,12 +133,13 @@ class _Key(ISeedSequence):
     def __init__(self, seed: int, epoch: int):
         self.words = np.array([seed, epoch], dtype=np.uint64)
 
-    def generate_state(self, n_words: int, dtype: type = np.uint64) -> np.ndarray:
+    def generate_state(self, n_words: int, dtype: Any = np.uint64) -> np.ndarray:
         return self.words
 
 
 def _raw(seed: int, epoch: int, index: int, use: int, count: int) -> np.ndarray:
-    return np.random.Philox(_Key(seed, epoch), counter=[0, index, 0, use]).random_raw(count)
+    key: Any = _Key(seed, epoch)  # numpy takes any ISeedSequence, and says SeedSequence
+    return np.random.Philox(key, counter=[0, index, 0, use]).random_raw(count)
 
 
 def _permutation(n: int, seed: int, epoch: int, stream: int, use: int = 0) -> np.ndarray:

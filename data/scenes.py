@@ -81,7 +81,8 @@ class SceneComposer:
     def __call__(self, index: int) -> tuple[np.ndarray, list[Object]]:
         """The scene, grey, uint8 (S, S), and its objects from back to front."""
         random = np.random.default_rng([self.seed, self.stream, index])
-        scene, objects = self._background(random), []
+        scene = self._background(random)
+        objects: list[Object] = []
         for _ in range(random.integers(1, MOST_OBJECTS + 1)):
             label, grey, silhouette = self._sprite(random)
             for _ in range(PLACES_TRIED):
@@ -97,7 +98,7 @@ class SceneComposer:
         return scene, objects
 
     def _background(self, random: np.random.Generator) -> np.ndarray:
-        photograph = self.backgrounds[random.integers(len(self.backgrounds))]
+        photograph = self.backgrounds[int(random.integers(len(self.backgrounds)))]
         height, width = photograph.shape[:2]
         largest = min(height, width)
         side = random.integers(min(self.scene_size, largest), largest + 1)
@@ -134,7 +135,8 @@ def compose_split(
     for kind in ("images", "masks"):
         (folder / kind / split).mkdir(parents=True, exist_ok=True)
     (folder / "annotations").mkdir(exist_ok=True)
-    images, annotations = [], []
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
     size = composer.scene_size
     for index in range(num_images):
         scene, objects = composer(index)

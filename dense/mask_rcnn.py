@@ -17,7 +17,7 @@ B images of C channels and S x S pixels, n objects of an image, K classes; D wid
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from huggingface_hub.dataclasses import strict
@@ -77,7 +77,11 @@ class MaskRCNNConfig(PreTrainedConfig):
     model_type = "mimae_mask_rcnn"
     sub_configs: ClassVar[dict[str, type[PreTrainedConfig]]] = {"backbone_config": MIMAEConfig}
 
-    backbone_config: dict[str, Any] | PreTrainedConfig | None = None
+    if TYPE_CHECKING:  # `__post_init__` and `validate_backbone_config` see to it
+        backbone_config: Any = None
+        num_labels: int = 2
+    else:
+        backbone_config: dict[str, Any] | PreTrainedConfig | None = None
     pyramid_channels: int = 256
     box_conv_channels: list[int] | tuple[int, ...] = (256, 256, 256, 256)
     box_fc_channels: list[int] | tuple[int, ...] = (1024,)
@@ -93,7 +97,7 @@ class MaskRCNNConfig(PreTrainedConfig):
     box_nms_threshold: float = 0.5
     detections_per_image: int = 100
 
-    def __post_init__(self, **kwargs: Any):
+    def __post_init__(self, **kwargs: Any) -> None:
         if self.backbone_config is None:
             self.backbone_config = MIMAEConfig.preset("vit-base", **VITDET_BASE)
         elif isinstance(self.backbone_config, dict):
@@ -211,10 +215,12 @@ class RoIAlign(MultiScaleRoIAlign):
 class MaskRCNNForInstanceSegmentation(PreTrainedModel):
     """Boxes, classes and masks of the objects in an image; its encoder is `backbone`, for layer decay."""
 
+    base_model: MIMAEBackbone
+    config: MaskRCNNConfig
     config_class = MaskRCNNConfig
     base_model_prefix = "backbone"
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities: Any = ("image",)
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     # `Trainer` is told that the losses are means over a batch; else it would not average them over accumulated batches
@@ -262,17 +268,17 @@ class MaskRCNNForInstanceSegmentation(PreTrainedModel):
                 f"images of {size[0]} x {size[1]} pixels: pad them to multiples of {self.config.strides[-1]}, the "
                 "stride of the coarsest map"
             )
-        image_sizes = [tuple(map(int, each)) for each in image_sizes or [size] * len(pixel_values)]
+        sizes = [(int(height), int(width)) for height, width in image_sizes or [size] * len(pixel_values)]
         targets = None
         if self.training:
             check_labels(labels, len(pixel_values), size, self.config.num_labels)
-            targets = [_as_target(each) for each in labels]
+            targets = [_as_target(each) for each in labels or ()]
 
         (feature_map,) = self.backbone(pixel_values).feature_maps  # (B, D, h, w)
         # torchvision makes its anchors in the type of the maps
         maps = {name: each.float() for name, each in self.pyramid(feature_map).items()}
-        proposals, rpn_losses = self.rpn(ImageList(pixel_values, image_sizes), maps, targets)
-        detections, roi_losses = self.roi_heads(maps, proposals, image_sizes, targets)
+        proposals, rpn_losses = self.rpn(ImageList(pixel_values, sizes), maps, targets)
+        detections, roi_losses = self.roi_heads(maps, proposals, sizes, targets)
 
         if not self.training:
             return MaskRCNNOutput(detections=[{**each, "labels": each["labels"] - 1} for each in detections])
@@ -283,12 +289,12 @@ class MaskRCNNForInstanceSegmentation(PreTrainedModel):
         """Names of the parameters with more than one dimension that do not decay: the encoder's."""
         return {f"backbone.{name}" for name in self.backbone.no_weight_decay()}
 
-    def save_pretrained(self, *args: Any, save_original_format: bool = False, **kwargs: Any):
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """As in transformers, but files hold the names of `state_dict()`; see `MIMPreTrainedMixin`."""
-        super().save_pretrained(*args, save_original_format=save_original_format, **kwargs)
+        super().save_pretrained(*args, **{"save_original_format": False, **kwargs})
 
     @torch.no_grad()
-    def _init_weights(self, module: nn.Module):
+    def _init_weights(self, module: nn.Module) -> None:
         """All but the encoder, which initialises itself; also where a checkpoint lacks a layer or has another size."""
         if isinstance(module, LayerNorm2d):
             init.ones_(module.weight)

@@ -21,6 +21,7 @@ class UperNet(UperNetForSemanticSegmentation):
     `torch.nn.SyncBatchNorm.convert_sync_batchnorm` makes the batch statistics those of all of them.
     """
 
+    base_model: MIMAEBackbone
     base_model_prefix = "backbone"
     supports_gradient_checkpointing = True
     _supports_sdpa = True
@@ -60,9 +61,9 @@ class UperNet(UperNetForSemanticSegmentation):
         """Names of the parameters with more than one dimension that do not decay: the encoder's."""
         return {f"backbone.{name}" for name in self.backbone.no_weight_decay()}
 
-    def save_pretrained(self, *args: Any, save_original_format: bool = False, **kwargs: Any):
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """As in transformers, but files hold the names of `state_dict()`; see `MIMPreTrainedMixin`."""
-        super().save_pretrained(*args, save_original_format=save_original_format, **kwargs)
+        super().save_pretrained(*args, **{"save_original_format": False, **kwargs})
 
 
 def mean_cross_entropy(logits: torch.Tensor, labels: torch.Tensor, ignored: int) -> torch.Tensor:

@@ -93,7 +93,7 @@ def detection_records(detections: dict[str, Any], *, image_id: int, category_ids
 
 
 def detection_metrics(
-    annotation_file: str | PathLike, records: Sequence[Record], *, image_ids: Iterable[int] | None = None
+    annotation_file: str | PathLike[str], records: Sequence[Record], *, image_ids: Iterable[int] | None = None
 ) -> dict[str, float]:
     """COCO's twelve numbers for boxes and for masks.
 
@@ -163,7 +163,7 @@ def _check_images(image_ids: Iterable[int], known: Iterable[int], problem: str) 
 
 def _ground_truth(annotations: CocoAnnotations, image_ids: Sequence[int]) -> dict[str, list[dict[str, Any]]]:
     """The objects of some images, with masks as run-length codes, numbered from 1: COCO's tools take 0 for none."""
-    objects = []
+    objects: list[Annotation] = []
     for image_id in image_ids:
         image = annotations.images[image_id]
         for annotation in annotations.objects[image_id]:
@@ -183,6 +183,6 @@ def _truth(annotation: Annotation, height: int, width: int) -> Annotation | None
     except ValueError:
         return None
     area = annotation.get("area")
-    is_number = isinstance(area, int | float) and math.isfinite(area)
-    area = float(area if is_number else run_length.area(mask))
-    return annotation | {"segmentation": mask, "area": area, "iscrowd": int(is_crowd(annotation))}
+    if not isinstance(area, int | float) or not math.isfinite(area):
+        area = run_length.area(mask)
+    return annotation | {"segmentation": mask, "area": float(area), "iscrowd": int(is_crowd(annotation))}

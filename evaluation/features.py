@@ -5,13 +5,28 @@ Shapes: n images, B of them in a batch, C channels, H × W pixels, D encoder wid
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
 
 
+class Encoder(Protocol):
+    """A module that makes features of images: what evaluation asks of a model."""
+
+    def encode(self, pixel_values: torch.Tensor) -> Any:
+        """(B, C, H, W) → an output with `pooler_output` (B, D) and `feature_map` (B, D, h, w)."""
+
+    def modules(self) -> Iterator[torch.nn.Module]:
+        """As torch's modules have it, and so are the others."""
+
+    def eval(self) -> Self: ...
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self: ...
+
+
 def extract_features(
-    model: torch.nn.Module,
+    model: Encoder,
     batches: Iterable[dict[str, torch.Tensor]],
     *,
     normalize: Callable[[torch.Tensor], torch.Tensor],
@@ -20,7 +35,7 @@ def extract_features(
     """One feature vector an image: `model.encode(...).pooler_output`, in evaluation mode and without gradients.
 
     Args:
-        model: anything with `encode(pixel_values)`; already on `device`. Its mode is restored.
+        model: already on `device`. Its mode is restored.
         batches: dicts of `pixel_values` (B, C, H, W), uint8, and `labels` (B,).
         normalize: converts uint8 pixels to the model's input, on `device`.
         device: where the model lies.
@@ -43,7 +58,7 @@ def extract_features(
 
 
 @contextmanager
-def evaluating(model: torch.nn.Module) -> Iterator[None]:
+def evaluating(model: torch.nn.Module | Encoder) -> Iterator[None]:
     """Puts a model into evaluation mode, and each of its modules back into its own mode afterwards."""
     # Module by module: a training model may hold parts that are frozen in evaluation mode, and they stay so.
     modes = {module: module.training for module in model.modules()}

@@ -58,11 +58,11 @@ class TopKAccuracy(InMemoryMetric):
         )
 
     def _compute(self, predictions: list[list[int]], references: list[int]) -> dict[str, float]:
-        references = np.asarray(references)
-        if not (references != IGNORED_LABEL).any():
-            raise ValueError(f"no image to count: there are {len(references)} references, all of them {IGNORED_LABEL}")
+        labels = np.asarray(references)
+        if not (labels != IGNORED_LABEL).any():
+            raise ValueError(f"no image to count: there are {len(labels)} references, all of them {IGNORED_LABEL}")
         ranked = np.asarray(predictions)[:, :TOP]  # (n, k)
-        hits = (ranked == references[:, None])[references != IGNORED_LABEL]
+        hits = (ranked == labels[:, None])[labels != IGNORED_LABEL]
         return {"accuracy": float(hits[:, 0].mean()), f"top{TOP}_accuracy": float(hits.any(1).mean())}
 
 

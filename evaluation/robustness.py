@@ -211,7 +211,9 @@ def corruption_table(errors: Mapping[tuple[str, int], float], *, relative_to_ale
         raise ValueError(f"no table of corruption errors without {some(missing or ['errors'], NAMED)}")
     rows = {name: [errors[name, severity] for severity in severities] for name in names}
     # statistics.mean is exact in rational arithmetic: the mean of equal numbers is that number
-    per_corruption = {name: {"error": mean(row), "error_by_severity": row} for name, row in rows.items()}
+    per_corruption: dict[str, dict[str, Any]] = {
+        name: {"error": mean(row), "error_by_severity": row} for name, row in rows.items()
+    }
     table = {
         "severities": severities,
         "per_corruption": per_corruption,

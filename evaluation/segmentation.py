@@ -4,6 +4,7 @@ Shapes: B images, C channels, K classes, h, w height and width of what the model
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import evaluate
 import numpy as np
@@ -74,13 +75,13 @@ class MeanIoU(InMemoryMetric):
         counts = torch.bincount(self.num_classes * pairs[0] + pairs[1], minlength=self.num_classes**2)  # (K²,)
         self.confusion_matrix += counts.view_as(self.confusion_matrix).cpu()
 
-    def add_batch(self, *, predictions: Iterable, references: Iterable) -> None:
+    def add_batch(self, *, predictions: Iterable[Any], references: Iterable[Any]) -> None:
         """Counts label maps as `add` does, one after another."""
         for prediction, reference in zip(predictions, references, strict=True):
             self.add(prediction=prediction, reference=reference)
 
     def compute(
-        self, *, predictions: Iterable = (), references: Iterable = ()
+        self, *, predictions: Iterable[Any] = (), references: Iterable[Any] = ()
     ) -> dict[str, float | list[float | None]]:
         """Counts what is given, and returns the metrics of everything counted since the last call.
 

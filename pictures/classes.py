@@ -134,7 +134,7 @@ def _draw_points(points: np.ndarray, labels: np.ndarray, label_names: Sequence[s
     figure = Figure(figsize=(7.2 if has_legend else 6, 6), facecolor="white", layout="constrained")
     axes = figure.add_subplot()
     size = float(np.clip(30_000 / len(points), 14, 60))  # in square points
-    axes.scatter(*points.T, c=[palette[label] for label in labels], s=size, alpha=0.85, linewidths=0)
+    axes.scatter(points[:, 0], points[:, 1], c=[palette[label] for label in labels], s=size, alpha=0.85, linewidths=0)
     axes.set_title(title if has_legend else f"{title}, {num_classes:,} classes", color=INK, size=11, pad=10)
     axes.set_aspect("equal", adjustable="datalim")
     axes.set(xticks=[], yticks=[])

@@ -79,18 +79,18 @@ def save_curves(
         The picture's path, or `None` if nothing was logged that could be drawn.
     """
     series = _read_series(Path(metrics_path))
-    panels = [(title, names) for title, names in panels if series.keys() & names.keys()]
-    if not panels:
+    drawn = [(title, names) for title, names in panels if series.keys() & names.keys()]
+    if not drawn:
         logger.warning("%s holds no metric to draw, so there is no %s", metrics_path, Path(picture_path).name)
         return None
     gate_step = None
     if gate_threshold is not None:
         gate_step = min((step for step, active in series.get("mi_active", {}).items() if active), default=None)
 
-    num_columns = min(3, len(panels))
-    num_rows = math.ceil(len(panels) / num_columns)
+    num_columns = min(3, len(drawn))
+    num_rows = math.ceil(len(drawn) / num_columns)
     figure = Figure(figsize=(4.2 * num_columns, 2.9 * num_rows), layout="constrained", facecolor="white")
-    for index, (title, names) in enumerate(panels, start=1):
+    for index, (title, names) in enumerate(drawn, start=1):
         axes = figure.add_subplot(num_rows, num_columns, index)
         _draw_panel(axes, title, names, series)
         if "reconstruction_loss" in names and gate_threshold is not None:

@@ -83,7 +83,7 @@ def save_reconstructions(
         mean, std: per channel, what the pixels in [0, 1] were normalised with.
         max_images: rows, at most.
     """
-    mean, std = (
+    offset, scale = (
         torch.tensor(values, device=pixel_values.device)[:, None, None] for values in (mean, std)
     )  # (C, 1, 1)
     images = reconstruction_images(
@@ -92,9 +92,9 @@ def save_reconstructions(
         mask[:max_images],
         unit_size=unit_size,
         norm_pix_loss=norm_pix_loss,
-        mask_color=((0.5 - mean) / std).flatten(),
+        mask_color=((0.5 - offset) / scale).flatten(),
     )
-    figure = _draw(_to_rgb(images * std + mean), num_masks=mask.shape[1])
+    figure = _draw(_to_rgb(images * scale + offset), num_masks=mask.shape[1])
     save_figure(figure, path, dpi=figure.dpi)
 
 

@@ -52,8 +52,8 @@ def save_segmentations(
     if not len(images):
         raise ValueError("no image to draw")
     rows = []
-    for image, reference, prediction in zip(images, references, predictions, strict=True):
-        image, reference, prediction = np.asarray(image), np.asarray(reference), np.asarray(prediction)
+    for tensors in zip(images, references, predictions, strict=True):
+        image, reference, prediction = map(np.asarray, tensors)
         for labels in (reference, prediction):
             _check_label_map(labels, image.shape[1:], len(class_names))
         rows.append((image, reference, np.where(reference == IGNORED, IGNORED, prediction)))
@@ -70,7 +70,7 @@ def save_segmentations(
     save_figure(_draw(rows, colors, handles), path, DPI)
 
 
-def _check_label_map(labels: np.ndarray, size: tuple[int, int], num_classes: int) -> None:
+def _check_label_map(labels: np.ndarray, size: tuple[int, ...], num_classes: int) -> None:
     if labels.shape != size:
         raise ValueError(f"a label map of {labels.shape} for an image of {size}")
     unnamed = [int(label) for label in np.unique(labels) if label != IGNORED and not 0 <= label < num_classes]
@@ -87,7 +87,7 @@ def _class_colors(num_classes: int) -> np.ndarray:
     return hsv_to_rgb(np.stack([hue, 0.85 - 0.35 * (number % 2), 0.95 - 0.2 * (number % 3)], axis=1))
 
 
-def _draw(rows: list[tuple[np.ndarray, ...]], colors: np.ndarray, handles: list[Patch]) -> Figure:
+def _draw(rows: list[tuple[np.ndarray, np.ndarray, np.ndarray]], colors: np.ndarray, handles: list[Patch]) -> Figure:
     """Lay rows of (image, truth, prediction) out below their titles, and the legend below them; all in inches."""
     tiles = [TILE * min(TALLEST, image.shape[1] / image.shape[2]) for image, *_ in rows]
     width = GAP + len(TITLES) * (TILE + GAP)

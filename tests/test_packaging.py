@@ -245,11 +245,12 @@ def installed(wheel, tmp_path_factory) -> Path:
     return target
 
 
-def test_the_wheel_holds_every_module_and_recipe_and_no_test(wheel):
+def test_the_wheel_holds_every_module_and_recipe_and_the_mark_of_types_and_no_test(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     modules = [*ROOT.glob("*.py"), *python_files(*SUB_PACKAGES)]
     recipes = (ROOT / "recipes").rglob("*.yaml")
-    expected = {f"mimae/{path.relative_to(ROOT).as_posix()}" for path in [*modules, *recipes]}
+    typed = ROOT / "py.typed"  # type checkers of users read the annotations
+    expected = {f"mimae/{path.relative_to(ROOT).as_posix()}" for path in [*modules, *recipes, typed]}
     assert expected <= names, expected - names
     assert not {name for name in names if "/tests/" in name or name.startswith("tests/")}
 

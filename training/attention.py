@@ -1,5 +1,7 @@
 """An attention for CPUs that multiply bfloat16 in hardware, where the backward pass of torch's fused one is slow."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -16,7 +18,7 @@ def matmul_attention(
     attention_mask: torch.Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    **kwargs,
+    **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """softmax(q kᵀ · scaling + mask) v by plain products, all in the type of the query, also under autocast.
 

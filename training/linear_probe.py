@@ -14,6 +14,7 @@ from torch import nn
 from transformers import EvalPrediction
 from transformers.modeling_outputs import ImageClassifierOutput
 
+from ..evaluation.features import Encoder
 from ..modeling_mim import classification_loss
 
 
@@ -28,8 +29,7 @@ class LinearProbe(nn.Module):
     The state dict holds the heads and the running statistics; the encoder does not change and stays out of it.
 
     Args:
-        encoder: anything whose `encode(pixel_values)` has a `pooler_output` (B, D), which is what is classified; it
-            is frozen here and stays in evaluation mode.
+        encoder: its `pooler_output` (B, D) is what is classified; it is frozen here and stays in evaluation mode.
         feature_size: D.
         num_classes: M.
         learning_rates: the peak of each head's.
@@ -40,7 +40,7 @@ class LinearProbe(nn.Module):
 
     def __init__(
         self,
-        encoder: nn.Module,
+        encoder: Encoder,
         *,
         feature_size: int,
         num_classes: int,
@@ -53,8 +53,9 @@ class LinearProbe(nn.Module):
         self.encoder = encoder.requires_grad_(False).eval()
         self.norm = nn.BatchNorm1d(feature_size, affine=False, eps=1e-6)
         weight = torch.randn(num_classes, feature_size) * 0.01
-        self.heads = nn.ModuleList(nn.Linear(feature_size, num_classes) for _ in learning_rates)
-        for head in self.heads:
+        heads = [nn.Linear(feature_size, num_classes) for _ in learning_rates]
+        self.heads = nn.ModuleList(heads)
+        for head in heads:
             nn.init.zeros_(head.bias)
             with torch.no_grad():
                 head.weight.copy_(weight)
@@ -80,7 +81,7 @@ class LinearProbe(nn.Module):
         """
         features = self.norm(self.features(pixel_values))  # (B, D)
         logits = torch.stack([head(features) for head in self.heads], dim=1)  # (B, K, M)
-        loss = None if labels is None else sum(classification_loss(one, labels) for one in logits.unbind(dim=1))
+        loss: Any = None if labels is None else sum(classification_loss(one, labels) for one in logits.unbind(dim=1))
         return ImageClassifierOutput(loss=loss, logits=logits)
 
     @torch.no_grad()
@@ -90,7 +91,8 @@ class LinearProbe(nn.Module):
 
     def as_linear(self, index: int) -> nn.Linear:
         """One head and the running statistics as a single linear layer on features that are not normalised."""
-        head, norm = self.heads[index], self.norm
+        head: Any = self.heads[index]
+        norm: Any = self.norm
         linear = nn.Linear(head.in_features, head.out_features, device=head.weight.device)
         with torch.no_grad():
             linear.weight.copy_(head.weight / (norm.running_var + norm.eps).sqrt())
@@ -128,8 +130,9 @@ def metrics_of_heads(
     """
 
     def compute(prediction: EvalPrediction) -> dict[str, float]:
+        ranked: Any = prediction.predictions
         heads = [
-            compute_metrics(EvalPrediction(predictions=prediction.predictions[:, k], label_ids=prediction.label_ids))
+            compute_metrics(EvalPrediction(predictions=ranked[:, k], label_ids=prediction.label_ids))
             for k in range(len(learning_rates))
         ]
         best = max(range(len(heads)), key=lambda k: heads[k]["accuracy"])

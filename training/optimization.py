@@ -3,8 +3,9 @@
 import logging
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from timm.optim import param_groups_weight_decay
@@ -94,17 +95,40 @@ class WarmupMultiStep(WarmupSchedule):
         return self.peak * self.gamma ** sum(step >= milestone for milestone in self.milestones)
 
 
-def build_adamw(model: nn.Module, *, weight_decay: float, betas: tuple[float, float]) -> torch.optim.AdamW:
+class LayeredEncoder(Protocol):
+    """What layer decay asks of an encoder."""
+
+    def modules_by_depth(self) -> list[nn.Module]:
+        """The embeddings, then the blocks."""
+
+
+class TrainableModel(Protocol):
+    """What an optimiser is told by a model."""
+
+    @property
+    def base_model(self) -> LayeredEncoder:
+        """The encoder."""
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that do not decay although they have more than one dimension."""
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """As torch's modules have it."""
+
+
+def build_adamw(model: TrainableModel, *, weight_decay: float, betas: tuple[float, float]) -> torch.optim.AdamW:
     """AdamW over the trainable parameters, in two groups: vectors do not decay, nor what the model exempts.
 
     Fused, because that variant takes `found_inf`: a step can be skipped on the device, without a host sync.
     """
-    groups = param_groups_weight_decay(model, weight_decay, no_weight_decay_list=model.no_weight_decay())
+    undecayed = model.no_weight_decay()
+    # timm asks for the named parameters of a module, and nothing else
+    groups = param_groups_weight_decay(model, weight_decay, no_weight_decay_list=undecayed)  # type: ignore[arg-type]
     return torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
 
 
 def build_finetuning_adamw(
-    model: nn.Module,
+    model: TrainableModel,
     *,
     learning_rate: float,
     weight_decay: float,
@@ -121,7 +145,7 @@ def build_finetuning_adamw(
     return torch.optim.AdamW(groups, betas=betas, fused=True)
 
 
-def layer_decay_groups(model: nn.Module, *, weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:
+def layer_decay_groups(model: TrainableModel, *, weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:
     """Parameter groups whose learning rate falls with the distance from the head.
 
     lr_scale = layer_decay ** (depth + 1 - layer). The embeddings are layer 0 and block i, counted over all stages, is
@@ -130,7 +154,6 @@ def layer_decay_groups(model: nn.Module, *, weight_decay: float, layer_decay: fl
     there, vectors do not decay, nor what the model exempts.
 
     Args:
-        model: has `no_weight_decay()`, and its encoder as `base_model`, which has `modules_by_depth()`.
         weight_decay: of the parameters that do decay.
         layer_decay: in (0, 1]; with 1 all layers learn alike.
 

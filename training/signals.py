@@ -34,11 +34,11 @@ class StopRequest:
         self._previous = {s: signal.signal(s, self._remember) for s in STOP_SIGNALS}
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         for signum, handler in self._previous.items():
             signal.signal(signum, handler)
 
-    def _remember(self, signum: int, _frame) -> None:
+    def _remember(self, signum: int, _frame: object) -> None:
         self._signum = self._signum or signum
         if self._ends_waits:
             raise WaitEnded

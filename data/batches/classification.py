@@ -7,6 +7,7 @@ Batches hold "pixel_values" float32 (B, C, h, w) and "labels", and nothing else,
 as they are.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -105,11 +106,13 @@ class LabelledSample(NamedTuple):
     pixel_values: torch.Tensor  # float32 (C, h, w)
     label: int
     epoch: int
-    index: int
+    index: int  # type: ignore[assignment]  # nobody asks a sample for tuple's method
 
 
 class LabelledSamples(OrderedSamples):
     """Augmented images with their labels."""
+
+    source: ImageSource
 
     def __init__(self, source: ImageSource, plan: BatchPlan, *, label_map: np.ndarray | None, **options: Any):
         super().__init__(source, plan, **options)
@@ -123,7 +126,7 @@ class LabelledSamples(OrderedSamples):
         return LabelledSample(self._augment(epoch, index, decoded.image), label, epoch, index)
 
 
-class LabelledEvaluationSamples(Dataset):
+class LabelledEvaluationSamples(Dataset[Any]):
     """Images in order with their labels; indexed by ranges of rows, which may reach beyond the last image."""
 
     def __init__(
@@ -174,7 +177,7 @@ class MixedBatch:
         return {"pixel_values": pixel_values, "labels": labels}
 
 
-def stack(samples: list[tuple]) -> dict[str, torch.Tensor]:
+def stack(samples: Sequence[tuple[Any, ...]]) -> dict[str, torch.Tensor]:
     """Collates tuples that begin with an image and a label."""
     return {
         "pixel_values": torch.stack([sample[0] for sample in samples]),  # (B, C, h, w)

@@ -25,7 +25,7 @@ class DenseSample(NamedTuple):
 
     pixel_values: torch.Tensor  # float32 (C, h, w)
     target: Any
-    index: int
+    index: int  # type: ignore[assignment]  # nobody asks a sample for tuple's method
 
 
 class DenseLoader(TrainingLoader):
@@ -55,6 +55,8 @@ class DenseLoader(TrainingLoader):
 class DenseSamples(OrderedSamples):
     """Augmented images with their targets."""
 
+    source: DenseSource
+
     def __init__(self, source: DenseSource, *args: Any, **options: Any):
         super().__init__(source, *args, **options)
         self.bad_images = BadImages(source, "replaced")
@@ -66,7 +68,8 @@ class DenseSamples(OrderedSamples):
         decoded = self._decode_or_substitute(index, row)
         if decoded.reason is not None:
             self.bad_images.add(index)
-        return DenseSample(*self._augment(epoch, index, decoded.image, decoded.target), index)
+        pixel_values, target = self._augment(epoch, index, decoded.image, decoded.target)
+        return DenseSample(pixel_values, target, index)
 
 
 class DenseEvaluationLoader(SupervisedLoader):
@@ -100,11 +103,11 @@ class DenseEvaluationLoader(SupervisedLoader):
             num_workers=num_workers,
         )
 
-    def __iter__(self) -> Iterator[DenseSample]:
+    def __iter__(self) -> Iterator[DenseSample]:  # type: ignore[override]  # torch names the class of its iterator
         return filter(None, super().__iter__())
 
 
-class DenseEvaluationSamples(Dataset):
+class DenseEvaluationSamples(Dataset[Any]):
     """Images with their targets by index; None in the place of one that cannot be decoded."""
 
     def __init__(self, source: DenseSource, *, transform: DenseTransform, num_channels: int):

@@ -22,20 +22,23 @@ logger = logging.getLogger(__name__)
 IMAGES_NAMED = 10
 
 
-class SupervisedLoader(DataLoader):
+class SupervisedLoader(DataLoader[Any]):
     """Leaves the caller's random state alone, and after each epoch names the images that could not be decoded.
 
     Args:
         samples: with `bad_images`, the `BadImages` that it has met.
     """
 
-    def __init__(self, samples: Dataset, **options: Any):
+    dataset: Any
+    batch_sampler: Any
+
+    def __init__(self, samples: Dataset[Any], **options: Any):
         # without a generator of its own a DataLoader draws from the caller's
         super().__init__(
             samples, generator=torch.Generator(), worker_init_fn=leave_stop_signals_to_the_caller, **options
         )
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # torch names the class of its iterator
         yield from super().__iter__()
         self.dataset.bad_images.warn()
 

@@ -50,7 +50,7 @@ def finetuning_transform(
     Raises:
         ValueError: not the description of a RandAugment; RandAugment for images that are neither grey nor RGB.
     """
-    steps = [pretraining_transform(image_size, min_crop_scale, max_crop_scale, horizontal_flip)]
+    steps: list[Transform] = [pretraining_transform(image_size, min_crop_scale, max_crop_scale, horizontal_flip)]
     if auto_augment is not None:
         steps += [v2.ToPILImage(), _rand_augment(auto_augment, mean), v2.PILToTensor()]
     steps.append(Normalization(mean, std, "cpu"))

@@ -124,7 +124,7 @@ class MixedCrop(v2.Transform):
 
     def _is_mixed(self, mask: torch.Tensor) -> bool:
         counts = torch.bincount(mask[mask != IGNORED_CLASS])
-        return counts.sum() > 0 and counts.max() <= self.max_class_share * counts.sum()
+        return bool(counts.sum() > 0 and counts.max() <= self.max_class_share * counts.sum())
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         return F.crop(inpt, **params)

@@ -116,7 +116,8 @@ class Normalization:
 
 
 def _height_width(image_size: int | Sequence[int]) -> tuple[int, int]:
-    return (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    return height, width
 
 
 DenseTransform = Callable[[torch.Tensor, Any], tuple[torch.Tensor, Any]]

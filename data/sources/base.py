@@ -99,7 +99,7 @@ class ImageSource(RowSource):
                 f"{self.describe(names.index(None))} has no file name, so a list of names cannot choose among the "
                 "images: use --train_fraction instead"
             )
-        return names
+        return [name for name in names if name is not None]
 
     def _stored_file_names(self) -> list[str | None]:
         return [None] * len(self)
@@ -120,7 +120,7 @@ class ArraySource(ImageSource):
         if len(images) == 0:
             raise ValueError(f"{name} holds no image")
         self.images, self.name = images, name
-        self._labels = None if labels is None else np.asarray(labels, dtype=np.int64)
+        self._labels = np.asarray([] if labels is None else labels, dtype=np.int64)
         self.block_sizes = np.array([len(images)], dtype=np.int64)
         self.has_labels = labels is not None
         self.label_names = label_names

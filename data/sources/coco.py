@@ -83,7 +83,8 @@ def read_annotations(path: str | os.PathLike[str]) -> CocoAnnotations:
                 f"{path}: image {image_id} has height {image['height']!r} and width {image['width']!r}; "
                 "both must be whole numbers of pixels, above 0"
             )
-    objects, left_out = {image_id: [] for image_id in images}, defaultdict(list)
+    objects: dict[int, list[Annotation]] = {image_id: [] for image_id in images}
+    left_out: dict[str, list[int]] = defaultdict(list)
     for annotation_id, annotation in annotations.items():
         for key, known in (("image_id", images), ("category_id", categories)):
             if annotation[key] not in known:
@@ -106,7 +107,7 @@ def is_crowd(annotation: Annotation) -> bool:
     return annotation.get("iscrowd", 0) in (1, "1")
 
 
-def compressed_mask(segmentation: list | dict[str, Any], height: int, width: int) -> dict[str, Any]:
+def compressed_mask(segmentation: list[Any] | dict[str, Any], height: int, width: int) -> dict[str, Any]:
     """COCO's compressed run-length code of a segmentation in any of its three forms.
 
     Args:
@@ -289,7 +290,7 @@ def _mask_fault(segmentation: Any, height: int, width: int) -> str | None:
     return next(filter(None, (_polygon_fault(polygon, height, width) for polygon in segmentation)), None)
 
 
-def _polygon_fault(polygon: list, height: int, width: int) -> str | None:
+def _polygon_fault(polygon: list[Any], height: int, width: int) -> str | None:
     if len(polygon) % 2:
         return ODD_COORDINATES
     if len(polygon) < 6:

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from .base import Row, RowSource
+from .base import RowSource
 
 
 class DenseSource(RowSource):
@@ -18,7 +18,7 @@ class DenseSource(RowSource):
     class_names: list[str]
 
     @abstractmethod
-    def decode(self, index: int, row: Row, num_channels: int) -> tuple[torch.Tensor, Any]:
+    def decode(self, index: int, row: Any, num_channels: int) -> tuple[torch.Tensor, Any]:
         """Decodes a row that `read` gave.
 
         Returns:

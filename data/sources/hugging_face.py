@@ -57,7 +57,7 @@ class DatasetSource(ImageSource):
         return f"{self.name}:{index}" + (f" ({path})" if path else "")
 
     def _stored_labels(self) -> np.ndarray:
-        return integers(self._column(self.label_column))
+        return integers(self._column(self.dataset.column_names[-1]))
 
     def _stored_file_names(self) -> list[str | None]:
         return pc.struct_field(self._column(self.image_column), "path").to_pylist()
@@ -189,7 +189,7 @@ def find_columns(
     """
     image = image_column or _first(features, Image) or _present(features, "image")
     label = label_column or _first(features, ClassLabel) or _present(features, "label") or _present(features, "cls")
-    if image not in features:
+    if image is None or image not in features:
         wanted = f"image column {image!r}" if image else "column of images"
         raise ValueError(f"{name} has no {wanted}; its columns are {list(features)}: set --image_column_name")
     if label_column and label not in features:

@@ -15,7 +15,7 @@ import io
 import logging
 import time
 from collections.abc import Callable, Iterator
-from typing import BinaryIO, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 from datasets import DownloadConfig, config
 from datasets.utils.file_utils import _prepare_path_and_storage_options, is_local_path
@@ -67,7 +67,7 @@ class RemoteFile(io.RawIOBase):
         self._position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
         return self._position
 
-    def readinto(self, buffer: memoryview) -> int:
+    def readinto(self, buffer: Any) -> int:
         length = max(0, min(len(buffer), self._size - self._position))
         if length:
             buffer[:length] = self._try(lambda file: _read_range(file, self._position, length))
@@ -76,8 +76,9 @@ class RemoteFile(io.RawIOBase):
 
     def _try(self, read: Callable[[BinaryIO], Result]) -> Result:
         """The result of `read` on the open file, at the first try that succeeds."""
-        tries = config.STREAMING_READ_MAX_RETRIES
-        for attempt in range(1, tries + 1):
+        attempt, tries = 0, config.STREAMING_READ_MAX_RETRIES
+        while True:
+            attempt += 1
             try:
                 if self._file is None:
                     self._file = self._file_system.open(self._path, "rb", cache_type="none")
@@ -89,7 +90,7 @@ class RemoteFile(io.RawIOBase):
                 reason = f"{type(cause).__name__}: {cause}"
                 if status in REFUSALS or (isinstance(error, FileNotFoundError) and error.__cause__ is None):
                     raise UnreadableFileError(f"{self._url} is not there or not allowed ({reason})") from error
-                if attempt == tries:
+                if attempt >= tries:
                     raise UnreadableFileError(
                         f"{self._url} could not be read in {tries} tries ({reason}): see to the network or the server"
                     ) from error
@@ -98,7 +99,7 @@ class RemoteFile(io.RawIOBase):
             time.sleep(intervals * config.STREAMING_READ_RETRY_INTERVAL)
 
 
-def _http_options(url: str) -> dict[str, dict]:
+def _http_options(url: str) -> dict[str, dict[str, Any]]:
     """Time-outs for http(s); aiohttp's own are 5 minutes for a whole answer, however long."""
     if not url.split("::")[-1].startswith(("http://", "https://")):
         return {}
@@ -110,7 +111,7 @@ def _http_options(url: str) -> dict[str, dict]:
     return {"http": options, "https": options}
 
 
-def _size(file: BinaryIO) -> int:
+def _size(file: Any) -> int:
     if file.size is None:
         raise OSError("the server serves no ranges, or the file is empty")
     return file.size

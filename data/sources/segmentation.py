@@ -20,7 +20,6 @@ from torchvision import tv_tensors
 
 from ..images.decoding import FORMATS, BadImageError, decode_image
 from ..images.masks import IGNORED_CLASS, MASK_VALUES, decode_mask, turned_as
-from .base import ImageSource
 from .dense import DenseSource
 from .hugging_face import DatasetSource, explained_access, find_columns
 from .opening import SPLIT_FOLDERS
@@ -48,7 +47,12 @@ class SegmentationSource(DenseSource):
     """
 
     def __init__(
-        self, images: ImageSource, masks: ImageSource, *, class_names: Sequence[str], reduce_zero_label: bool = False
+        self,
+        images: DatasetSource,
+        masks: DatasetSource,
+        *,
+        class_names: Sequence[str],
+        reduce_zero_label: bool = False,
     ):
         most = MOST_CLASSES - reduce_zero_label
         if not 0 < len(class_names) <= most:
@@ -87,7 +91,7 @@ class SegmentationSource(DenseSource):
         encoded, annotation = row
         image = decode_image(encoded, num_channels)  # (C, H, W)
         name = self.masks.describe(index)
-        values = turned_as(encoded, decode_mask(annotation, name), tuple(image.shape[1:]))  # (H, W)
+        values = turned_as(encoded, decode_mask(annotation, name), (image.shape[1], image.shape[2]))  # (H, W)
         classes = self.class_of_value[values]  # (H, W)
         if classes.min() == UNKNOWN:
             raise ValueError(self._unknown_class(name, int(values[classes == UNKNOWN][0])))
@@ -198,7 +202,7 @@ def find_image_columns(
     """
     images = [column for column, feature in features.items() if isinstance(feature, ImageFeature)]
     annotation = annotation_column or next((column for column in ANNOTATION_COLUMNS if column in images), None)
-    if annotation not in images:
+    if annotation is None or annotation not in images:
         wanted = f"column {annotation!r} of masks" if annotation else "column of masks"
         raise ValueError(
             f"{name} has no {wanted}; its columns are {list(features)}, of images {images}: set "
@@ -295,7 +299,7 @@ def _names_in_coco(path: Path) -> list[str]:
     return [names.get(value, str(value)) for value in range(max(names) + 1)]
 
 
-def _count_classes(masks: ImageSource, reduce_zero_label: bool) -> int:
+def _count_classes(masks: DatasetSource, reduce_zero_label: bool) -> int:
     logger.warning(
         "reading all %d masks of %s for the number of classes; --num_classes or --class_names_file would spare it",
         len(masks),

@@ -24,7 +24,7 @@ from datasets import Features, config
 from datasets.utils.logging import get_logger
 
 from ..words import some
-from .base import ImageSource
+from .base import ImageSource, Row
 from .remote import UnreadableFileError, open_shard
 
 SAMPLES_PER_TAR_BLOCK = 256
@@ -69,7 +69,7 @@ class ShardedSource(ImageSource):
         return self.__dict__ | {"_opened": {}}
 
     @abstractmethod
-    def read_block(self, block: int, rows: np.ndarray) -> list[tuple[bytes, int | None]]:
+    def read_block(self, block: int, rows: np.ndarray) -> list[Row]:
         """Reads the given rows (global indices, ascending) of a block: a list of what `read` returns."""
 
     def open_file(self, path: str) -> Any:
@@ -86,7 +86,7 @@ class ShardedSource(ImageSource):
             self._opened[path] = self.open_file(path)
         return self._opened[path]
 
-    def read(self, index: int) -> tuple[bytes, int | None]:
+    def read(self, index: int) -> Row:
         return self.read_block(int(self.block_of(index)), np.array([index]))[0]
 
     def describe(self, index: int) -> str:
@@ -137,7 +137,7 @@ class ParquetSource(ShardedSource):
     def open_file(self, path: str) -> pq.ParquetFile:
         return _open_parquet(super().open_file(path), path)
 
-    def read_block(self, block: int, rows: np.ndarray) -> list[tuple[bytes, int | None]]:
+    def read_block(self, block: int, rows: np.ndarray) -> list[Row]:
         columns = self.read_row_group(block)
         first = self.block_ends[block] - self.block_sizes[block]
         images = [_encoded(columns[0][int(row - first)].as_py()) for row in rows]
@@ -201,7 +201,7 @@ class TarSource(ShardedSource):
         self.has_labels = label_field is not None
         self.fingerprint = _fingerprint(files, listing, [])
 
-    def read_block(self, block: int, rows: np.ndarray) -> list[tuple[bytes, int | None]]:
+    def read_block(self, block: int, rows: np.ndarray) -> list[Row]:
         file = self.opened(self.files[self.block_files[block]])
         return [(self._read_member(file, row), int(self._labels[row]) if self.has_labels else None) for row in rows]
 
@@ -249,9 +249,9 @@ def _members(path: str, read_field: str | None = None) -> Iterator[tuple[str, st
             for member in archive:
                 name = MEMBER_NAME.match(member.name)
                 if member.isreg() and name and not os.path.basename(member.name).startswith("__"):
-                    content = archive.extractfile(member).read() if name[2].lower() == read_field else None
-                    yield name[1], name[2].lower(), member, content
-                archive.members = []  # else it remembers them all
+                    reader = archive.extractfile(member) if name[2].lower() == read_field else None
+                    yield name[1], name[2].lower(), member, reader.read() if reader else None
+                archive.members = []  # type: ignore[attr-defined]  # typeshed lacks it; else it remembers them all
     except tarfile.ReadError as error:
         raise ValueError(
             f"{path} cannot be read as an uncompressed tar ({error}); a compressed one works without --streaming"
@@ -262,7 +262,7 @@ def _list_samples(
     path: str, image_fields: tuple[str, ...], label_field: str | None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Returns offsets, lengths (bytes) and labels of an archive's samples: three int64 arrays."""
-    samples = {}
+    samples: dict[str, list[Any]] = {}
     for key, field, member, content in _members(path, read_field=label_field):
         sample = samples.setdefault(key, [0, 0, None])
         if field in image_fields and sample[1] == 0:
@@ -273,7 +273,8 @@ def _list_samples(
         if label_field is not None and label is None:
             raise ValueError(f"sample {key!r} of {path} has no .{label_field} member to take its label from")
     columns = np.array([[o, n, -1 if label is None else label] for o, n, label in samples.values()], dtype=np.int64)
-    return tuple(columns.reshape(-1, 3).T)
+    offsets, lengths, labels = columns.reshape(-1, 3).T
+    return offsets, lengths, labels
 
 
 def _integer(content: bytes, path: str, name: str) -> int:
@@ -354,9 +355,8 @@ def _list_all(files: Sequence[str], list_file: Callable[[str], T]) -> list[T]:
 
 def _write_atomically(path: Path, listing: list[tuple[np.ndarray, ...]]) -> None:
     content = io.BytesIO()
-    np.savez(
-        content, **{f"{n}.{part}": array for n, arrays in enumerate(listing) for part, array in enumerate(arrays)}
-    )
+    named: dict[str, Any] = {f"{n}.{part}": each for n, parts in enumerate(listing) for part, each in enumerate(parts)}
+    np.savez(content, **named)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(f".{os.getpid()}.tmp")
     unfinished.write_bytes(content.getvalue())
