@@ -116,7 +116,7 @@ class DecodedRow(NamedTuple):
 
     image: torch.Tensor  # uint8 (C, H, W)
     target: Any  # a label, None, or what else the source's rows have
-    index: int  # of the row that this is
+    index: int  # type: ignore[assignment]  # of the row that this is; tuple's method is not needed
     reason: str | None = None
 
 
@@ -150,7 +150,7 @@ def decode_or_substitute(
     )
 
 
-class OrderedSamples(Dataset, ABC):
+class OrderedSamples(Dataset[Any], ABC):
     """The DataLoader's view of a source: indexed by `BatchRequest`, it gives the samples of this process's part.
 
     Args:
@@ -291,7 +291,11 @@ class PretrainingLoader:
     ):
         self.source, self.process_index, self.seed = source, process_index, seed
         self.per_device_batch_size, self.num_workers, self.pin_memory = per_device_batch_size, num_workers, pin_memory
-        self.sample_options = {"transform": transform, "num_channels": num_channels, "noise_shape": noise_shape}
+        self.sample_options: dict[str, Any] = {
+            "transform": transform,
+            "num_channels": num_channels,
+            "noise_shape": noise_shape,
+        }
         self.global_batch_size = per_device_batch_size * num_processes
         self.images_per_step = images_per_step or self.global_batch_size
         self.num_samples = len(source) if samples_per_epoch is None else samples_per_epoch
@@ -343,12 +347,13 @@ class PretrainingLoader:
             samples_used=self.samples_used,
             stride=max(1, self.num_workers),
         )
+        requests: Any = plan.requests(epoch, position)  # torch says lists of indices
         samples = PretrainingSamples(self.source, plan, seed=self.seed, **self.sample_options)
         # The stream never ends, so neither do its workers: nothing would be gained by persistent_workers.
         batches = iter(
             DataLoader(
                 samples,
-                batch_sampler=plan.requests(epoch, position),
+                batch_sampler=requests,
                 collate_fn=samples.collate,
                 num_workers=self.num_workers,
                 pin_memory=self.pin_memory,
@@ -393,7 +398,7 @@ def _end_workers() -> None:
         daemon.kill()
 
 
-class EvaluationSamples(Dataset):
+class EvaluationSamples(Dataset[Any]):
     """Indexed by lists of sample indices; what cannot be decoded is named instead."""
 
     def __init__(self, source: ImageSource, *, transform: torch.nn.Module, num_channels: int):

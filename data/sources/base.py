@@ -45,7 +45,7 @@ class RowSource(ABC):
         """Returns the index of the next row of the same file; the last row is followed by the first."""
         return (index + 1) % len(self)
 
-    def block_of(self, indices: int | np.ndarray) -> np.int64 | np.ndarray:
+    def block_of(self, indices: int | np.ndarray) -> Any:
         """Returns the block that holds each index: int64, the shape of `indices`."""
         return np.searchsorted(np.cumsum(self.block_sizes), indices, side="right")
 
