@@ -53,6 +53,7 @@ from mimae.jobs.start import start_processes
 from mimae.training.hf_trainer.classification import ClassificationTrainer, Tested
 from mimae.training.linear_probe import LinearProbe, build_probe_lars, metrics_of_heads
 from mimae.training.optimization import WarmupCosine, WarmupSchedule, build_finetuning_adamw
+from mimae.training.processes import main_process_first
 
 logger = logging.getLogger("mimae")
 
@@ -272,8 +273,7 @@ class ClassificationRun(DownstreamRun):
     def training_images(self) -> ImageSource:
         """The training split, or the part of it that the flags choose."""
         data_args = self.data_args
-        with PartialState().main_process_first():
-            source = data_args.open_split(data_args.train_split)
+        source = main_process_first(lambda: data_args.open_split(data_args.train_split))
         if data_args.train_fraction is not None:
             indices = low_shot_indices(source.labels(), data_args.train_fraction, self.args.seed, source.label_names)
             return SubsetSource(source, indices)
@@ -288,8 +288,7 @@ class ClassificationRun(DownstreamRun):
         Raises:
             ValueError: there is nothing.
         """
-        with PartialState().main_process_first():
-            source = self.data_args.open_held_out()
+        source = main_process_first(self.data_args.open_held_out)
         if source is None:
             raise ValueError(
                 "there are no images to test on: give --validation_split, --validation_dir or --validation_files"

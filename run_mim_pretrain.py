@@ -52,7 +52,7 @@ from mimae.training.optimization import (
     build_adamw,
     scaled_learning_rate,
 )
-from mimae.training.processes import on_main_process
+from mimae.training.processes import main_process_first, on_main_process, together
 from mimae.training.signals import RunStopped
 from mimae.training.trainer import Intervals, Pretrainer
 
@@ -85,8 +85,9 @@ def main(argv: Sequence[str] | None = None, observer: TrainingObserver | None = 
     for remark in remarks:
         logger.info("warm start: %s", remark)
     set_seed(args.seed)
-    with accelerator.main_process_first():
-        source, probe_source = data_args.open_split(data_args.train_split), data_args.open_held_out()
+    source, probe_source = main_process_first(
+        lambda: (data_args.open_split(data_args.train_split), data_args.open_held_out())
+    )
     model = build_model(family, config, model_args, start, accelerator)
     mean, std = channel_statistics(config.num_channels, args.image_mean, args.image_std)
     normalization = Normalization(mean, std, accelerator.device)
@@ -135,7 +136,7 @@ def main(argv: Sequence[str] | None = None, observer: TrainingObserver | None = 
     elif args.overwrite_output_dir:
         on_main_process(lambda: clear_output_dir(output_dir))
     plain = {name: value for name, value in trainer.settings.items() if isinstance(value, int | float | str)}
-    accelerator.init_trackers("mimae", config={"recipe": run_name(recipe), **plain})
+    together(lambda: accelerator.init_trackers("mimae", config={"recipe": run_name(recipe), **plain}))
 
     started = time.perf_counter()
     try:

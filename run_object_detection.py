@@ -31,6 +31,7 @@ from mimae.flags.option import RecipeError
 from mimae.jobs.dense import DenseRun
 from mimae.pictures.detection import save_detections
 from mimae.training.optimization import WarmupMultiStep
+from mimae.training.processes import together
 
 CONVOLUTIONS = 4  # of a head
 DEFAULT_RECIPE = Path(__file__).parent / "recipes" / "detection.yaml"
@@ -145,13 +146,17 @@ class DetectionRun(DenseRun):
         source = self.held_out_images
         records: list[Record] = []
         image_ids: list[int] = []
-        for sample in self.held_out_samples():
-            sizes = {name: sample.target[name] for name in ("image_size", "original_size")}
-            output = model(sample.pixel_values[None], image_sizes=[sizes["image_size"]])
-            detections = restore_detections(output.detections[0], **sizes)
-            image_ids.append(source.image_ids[sample.index])
-            records += detection_records(detections, image_id=image_ids[-1], category_ids=source.category_ids)
-            self.remember(sample, detections)
+
+        def detect() -> None:
+            for sample in self.held_out_samples():
+                sizes = {name: sample.target[name] for name in ("image_size", "original_size")}
+                output = model(sample.pixel_values[None], image_sizes=[sizes["image_size"]])
+                detections = restore_detections(output.detections[0], **sizes)
+                image_ids.append(source.image_ids[sample.index])
+                records.extend(detection_records(detections, image_id=image_ids[-1], category_ids=source.category_ids))
+                self.remember(sample, detections)
+
+        together(detect)
         if PartialState().num_processes > 1:
             records, image_ids = gather_object(records), gather_object(image_ids)
         return detection_metrics(self.data_args.validation_annotation_file, records, image_ids=image_ids)

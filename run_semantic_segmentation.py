@@ -35,6 +35,7 @@ from mimae.flags.option import RecipeError
 from mimae.jobs.dense import DenseRun
 from mimae.pictures.segmentation import save_segmentations
 from mimae.training.optimization import WarmupPolynomial
+from mimae.training.processes import main_process_first, together
 
 DEFAULT_RECIPE = Path(__file__).parent / "recipes" / "segmentation.yaml"
 
@@ -94,8 +95,8 @@ class SegmentationRun(DenseRun):
     def open_split(self, split: str, files_flag: str, class_names: Sequence[str] | None = None) -> SegmentationSource:
         """See `open_segmentation_source`; `files_flag` names files of this split, where there are any."""
         data_args = self.data_args
-        with PartialState().main_process_first():
-            return open_segmentation_source(
+        return main_process_first(
+            lambda: open_segmentation_source(
                 split=split,
                 dataset_name=data_args.dataset_name,
                 dataset_config_name=data_args.dataset_config_name,
@@ -110,6 +111,7 @@ class SegmentationRun(DenseRun):
                 reduce_zero_label=data_args.reduce_zero_label,
                 cache_dir=data_args.cache_dir,
             )
+        )
 
     @property
     def training_transform(self) -> DenseTransform:
@@ -175,17 +177,21 @@ class SegmentationRun(DenseRun):
         """mIoU, mAcc and aAcc of windows that slide over each image."""
         names = self.training_images.class_names
         metric = MeanIoU(len(names))
-        for sample in self.held_out_samples():
-            prediction = segment(
-                lambda pixel_values: model(pixel_values).logits,
-                sample.pixel_values,
-                sample.target.shape,
-                crop_size=self.args.crop_size,
-                stride=self.args.stride,
-                num_classes=len(names),
-            )
-            metric.add(prediction=prediction, reference=sample.target.to(self.device))
-            self.remember(sample, prediction.cpu())
+
+        def predict() -> None:
+            for sample in self.held_out_samples():
+                prediction = segment(
+                    lambda pixel_values: model(pixel_values).logits,
+                    sample.pixel_values,
+                    sample.target.shape,
+                    crop_size=self.args.crop_size,
+                    stride=self.args.stride,
+                    num_classes=len(names),
+                )
+                metric.add(prediction=prediction, reference=sample.target.to(self.device))
+                self.remember(sample, prediction.cpu())
+
+        together(predict)
         metric.confusion_matrix = reduce(metric.confusion_matrix.to(self.device), "sum").cpu()
         metrics = metric.compute()
         self.per_class = dict(zip(names, metrics.pop("per_class_iou"), strict=True))

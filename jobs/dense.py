@@ -22,6 +22,7 @@ from ..flags.option import RecipeError
 from ..flags.recipes import parse_arguments
 from ..training.hf_trainer.dense import DenseTrainer
 from ..training.optimization import WarmupSchedule, build_finetuning_adamw
+from ..training.processes import on_main_process
 from .dense_results import write_dense_results
 from .downstream import DownstreamRun
 from .start import start_processes
@@ -147,8 +148,7 @@ class DenseRun(DownstreamRun):
         self.train(trainer)
         metrics = trainer.final_metrics()
         self.save(model)
-        if self.predictions and PartialState().is_main_process:
-            self.draw(self.output_dir / PICTURE)
+        on_main_process(lambda: self.draw(self.output_dir / PICTURE) if self.predictions else None)
         return {
             "test_images": len(self.held_out_images) - self.num_bad_images(),
             "metrics": metrics,

@@ -161,10 +161,13 @@ class DownstreamRun(ABC):
         return model
 
     def save(self, model: PreTrainedModel) -> None:
-        """The model and its image processor, in the run's folder."""
-        if PartialState().is_main_process:
+        """The model and its image processor, in the run's folder. Collective."""
+
+        def write() -> None:
             model.save_pretrained(self.output_dir)
             self.image_processor.save_pretrained(self.output_dir)
+
+        on_main_process(write)
 
     # --- training ---------------------------------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ from accelerate.utils import gather_object
 from ..data.batches.loaders import evaluation_batches
 from ..data.sources.opening import ImageSource
 from ..evaluation.features import extract_features
+from ..training.processes import together
 
 
 def gather_features(
@@ -38,10 +39,14 @@ def gather_features(
     """
     state = PartialState()
     share = indices[state.process_index :: state.num_processes]
-    parts = []
-    if len(share):  # there may be more processes than images
+
+    def extract() -> list[tuple[np.ndarray, np.ndarray]]:
+        if not len(share):  # there may be more processes than images
+            return []
         batches = evaluation_batches(source, indices=share, **read)
-        parts = [extract_features(model, batches, normalize=normalize, device=state.device)]
+        return [extract_features(model, batches, normalize=normalize, device=state.device)]
+
+    parts = together(extract)
     parts = parts if state.num_processes == 1 else gather_object(parts)
     features, labels = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
     return features[labels >= 0], labels[labels >= 0]  # -1: an image without a label

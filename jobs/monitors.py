@@ -16,6 +16,7 @@ from ..data.sources.opening import ImageSource
 from ..evaluation.features import evaluating
 from ..evaluation.probes import knn_accuracy, linear_probe_accuracy
 from ..pictures.reconstructions import save_reconstructions
+from ..training.processes import on_main_process
 from .features import gather_features
 
 logger = logging.getLogger(__name__)
@@ -43,8 +44,8 @@ class ReconstructionMonitor:
         with evaluating(model):
             # not model(...): a compiled one would be compiled anew for this batch size
             output = model.forward(pixel_values, noise=self._noise.to(accelerator.device))
-        if accelerator.is_main_process:
-            save_reconstructions(
+        on_main_process(
+            lambda: save_reconstructions(
                 path,
                 pixel_values.float().cpu(),
                 output.logits.float().cpu(),
@@ -54,6 +55,7 @@ class ReconstructionMonitor:
                 mean=self._normalize.mean,
                 std=self._normalize.std,
             )
+        )
 
 
 class Probe:
@@ -86,8 +88,10 @@ class Probe:
                 for source, indices in self._parts
                 for x in gather_features(model, source, indices, normalize=self._normalize, read=self._read)
             ]
-        if not accelerator.is_main_process:
-            return {}
+        return on_main_process(lambda: self._accuracies(*features))
+
+    @staticmethod
+    def _accuracies(*features: np.ndarray) -> dict[str, float]:
         if len(np.unique(features[1])) < 2:
             logger.warning("no probe: its %d training images are of fewer than two classes", len(features[1]))
             return {}
@@ -107,7 +111,7 @@ class Evaluation:
         self._folder, self._pictures, self._probe = folder, pictures, probe
 
     def __call__(self, model: nn.Module, accelerator: Accelerator, step: int) -> dict[str, float]:
-        """Draws, and returns the probe's metrics on the main process. Collective."""
+        """Draws, and returns the probe's metrics. Collective."""
         self._folder.mkdir(parents=True, exist_ok=True)
         self._pictures.draw(model, accelerator, self._folder / f"step-{step:07d}.png")
         return self._probe.measure(model, accelerator) if self._probe else {}

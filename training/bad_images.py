@@ -8,6 +8,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from .jsonl import append_jsonl, keep_jsonl, read_jsonl
+from .processes import on_main_process
 
 logger = logging.getLogger(__name__)
 
@@ -38,12 +39,11 @@ class BadImageLog:
 
     def begin(self) -> None:
         """Opens the file, less what is not known: what was met after a checkpoint will be met again. Collective."""
-        if self._accelerator.is_main_process:
-            # a kill may have cut the last line
-            keep_jsonl(
-                self._path, lambda report: "index" in report and (self._keeps_all or report["index"] in self._known)
-            )
-        self._accelerator.wait_for_everyone()
+
+        def is_kept(report: dict[str, Any]) -> bool:
+            return "index" in report and (self._keeps_all or report["index"] in self._known)
+
+        on_main_process(lambda: keep_jsonl(self._path, is_kept))  # a kill may have cut the last line
         self._known = {report["index"] for report in read_jsonl(self._path)}
 
     def add(self, reports: list[dict[str, Any]]) -> None:
@@ -65,8 +65,8 @@ class BadImageLog:
         pending = self._pending if self._accelerator.num_processes == 1 else gather_object(self._pending)
         self._pending = []
         news = {report["index"]: report for report in pending if report["index"] not in self._known}
-        if news and self._accelerator.is_main_process:
-            append_jsonl(self._path, list(news.values()))
+        if news:
+            on_main_process(lambda: append_jsonl(self._path, list(news.values())))
         self._known.update(news)
 
     def check(self) -> None:

@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from tqdm.auto import tqdm
 
 from .jsonl import append_jsonl, keep_jsonl, read_jsonl
+from .processes import on_main_process
 
 logger = logging.getLogger(__name__)
 
@@ -117,24 +118,23 @@ class MetricLog:
 
     def begin(self, step: int) -> None:
         """Goes on after this step: the file's later lines are dropped, since those steps are run again."""
-        if self._accelerator.is_main_process:
-            keep_jsonl(self._path, lambda line: line.get("step", 0) <= step)
+        on_main_process(lambda: keep_jsonl(self._path, lambda line: line.get("step", 0) <= step))
         # None: no bar where nobody watches, as in a cluster's log file; lines are logged there instead
         disable = None if self._accelerator.is_main_process else True
         self._bar = tqdm(total=self._total_steps, initial=step, unit="step", disable=disable, smoothing=0.05)
 
     def write(self, step: int, metrics: dict[str, float | None]) -> None:
-        """One line; values that are None or not finite become null, as JSON has no NaN."""
-        if not self._accelerator.is_main_process:
-            return
+        """One line; values that are None or not finite become null, as JSON has no NaN. Collective."""
         values = {k: v if v is not None and math.isfinite(v) else None for k, v in metrics.items()}
-        append_jsonl(self._path, [{"step": step, **values}])
-        self._accelerator.log({k: v for k, v in values.items() if v is not None}, step=step)
+
+        def write() -> None:
+            append_jsonl(self._path, [{"step": step, **values}])
+            self._accelerator.log({k: v for k, v in values.items() if v is not None}, step=step)
+
+        on_main_process(write)
 
     def lacks_evaluation(self, step: int) -> bool:
-        """Whether the file has no line of an evaluation after this step; False where nothing is written."""
-        if not self._accelerator.is_main_process:
-            return False
+        """Whether the file has no line of an evaluation after this step."""
         return not any(line["step"] == step and "loss" not in line for line in read_jsonl(self._path))
 
     def advance(self) -> None:

@@ -20,7 +20,7 @@ from torch import nn
 from ..data.batches.loaders import PretrainingLoader
 from ..data.images.transforms import Normalization
 from .bad_images import BadImageLog, TooManyBadImagesError
-from .checkpoints.files import CheckpointError, load_tensors, read_json, write_json
+from .checkpoints.files import load_tensors, read_json, write_json
 from .checkpoints.state import (
     load_optimizer,
     load_process_states,
@@ -34,7 +34,7 @@ from .checkpoints.store import CheckpointStore
 from .metrics import METRICS_FILE, OUTPUT_SCALARS, MetricLog, StepMeter
 from .observer import TrainingObserver
 from .optimization import WarmupSchedule, clip_gradients, parameter_names
-from .processes import Agreement
+from .processes import Agreement, last_line, on_main_process
 from .signals import RunStopped, StopRequest, WaitEnded
 
 logger = logging.getLogger(__name__)
@@ -84,7 +84,7 @@ class Pretrainer:
         checkpoints: where they are published.
         settings: what the result follows from; kept in each checkpoint, compared on a resume.
         save_model: writes model, configuration and preprocessing into a folder.
-        evaluate: called with the step, on all processes; returns metrics on the main one.
+        evaluate: called with the step, on all processes; returns metrics.
         max_bad_image_fraction: of the data set.
         observer: is told what happens.
     """
@@ -167,7 +167,7 @@ class Pretrainer:
         """Before the first step, and where a run was ended between a checkpoint and the evaluation that follows it."""
         step = self.progress.step
         is_due = step == 0 or self._is_evaluated_after(step)
-        return is_due and bool(self._agreement.largest(int(self.metrics.lacks_evaluation(step))))
+        return is_due and on_main_process(lambda: self.metrics.lacks_evaluation(step))
 
     def _is_evaluated_after(self, step: int) -> bool:
         return step % self.intervals.evaluation == 0 or step == self.schedule.total_steps
@@ -231,7 +231,7 @@ class Pretrainer:
         step = self.progress.step
         words = f"process {rank} has no batch for step {step + 1}"
         if failure is not None:
-            words += f": {(str(failure).strip() or repr(failure)).splitlines()[-1]}"
+            words += f": {last_line(failure)}"
         if step > 0:
             words += f"; --resume_from_checkpoint latest goes on after step {step}"
         raise BatchError(words) from failure
@@ -320,22 +320,19 @@ class Pretrainer:
         """Publishes a checkpoint of this moment. Collective: rank 0 writes for all.
 
         Raises:
-            CheckpointError: on all processes: it could not be written.
+            CheckpointError: it could not be written; on other processes than the main one, OtherProcessError.
         """
         self.bad_images.flush()
         states = [{**random_state(), "meter": self.meter.window}]
         if self.accelerator.num_processes > 1:
             states = gather_object(states)
-        failure = None
-        if self.accelerator.is_main_process:
-            try:
-                with self.observer.saving(self.progress.step):
-                    path = self.checkpoints.save(self.progress.step, lambda folder: self._write(folder, states))
-                logger.info("saved %s", path)
-            except CheckpointError as error:
-                failure = error
-        if self._agreement.largest(int(failure is not None)):
-            raise failure or CheckpointError("the main process could not write its checkpoint, and says why")
+
+        def publish() -> None:
+            with self.observer.saving(self.progress.step):
+                path = self.checkpoints.save(self.progress.step, lambda folder: self._write(folder, states))
+            logger.info("saved %s", path)
+
+        on_main_process(publish, self._agreement.group)  # the device has nothing to wait for
 
     def _write(self, folder: Path, states: list[dict[str, torch.Tensor]]) -> None:
         self.save_model(folder)
@@ -359,8 +356,7 @@ class Pretrainer:
         """
         state = read_json(checkpoint / "trainer_state.json")
         refuse_other_settings(state["settings"], self.settings)
-        if self.accelerator.is_main_process:
-            self.checkpoints.discard_after(state["progress"]["step"])
+        on_main_process(lambda: self.checkpoints.discard_after(state["progress"]["step"]))
         self.unwrapped.load_state_dict(load_tensors(checkpoint / "model.safetensors"))
         load_optimizer(checkpoint, self.optimizer.optimizer, self.parameter_names)
         self.progress = Progress(**state["progress"])

@@ -14,6 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..checkpoints.files import load_tensors
+from ..processes import on_main_process
 
 AVERAGE_FILE = "weight_average.safetensors"
 
@@ -45,11 +46,14 @@ class WeightAverage(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Writes the average into the checkpoint, whole or not at all."""
-        if args.should_save:
-            folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-            partial = folder / f".{AVERAGE_FILE}.partial"
+        folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        partial = folder / f".{AVERAGE_FILE}.partial"
+
+        def write() -> None:
             save_file(self.state_dict(), partial)
             partial.replace(folder / AVERAGE_FILE)
+
+        on_main_process(write)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: nn.Module, **kwargs: Any

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
-from ..processes import Agreement
+from ..processes import Agreement, together
 from ..signals import RunStopped, StopRequest
 from .averaging import WeightAverage
 from .callbacks import SealedCheckpoints, StopAtNonFiniteLoss, StopOnSignal
@@ -117,6 +117,9 @@ class DownstreamTrainer(Trainer):
                 broadcast(buffer)  # in place
         with self.weight_average.applied_to(self.model) if self.weight_average else contextlib.nullcontext():
             yield self.model
+
+    def _save_checkpoint(self, model: nn.Module, trial: None) -> None:
+        together(lambda: super(DownstreamTrainer, self)._save_checkpoint(model, trial))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)

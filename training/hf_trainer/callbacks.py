@@ -40,11 +40,14 @@ class SealedCheckpoints(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Seals what Trainer has just written. Collective: each process writes its own random state."""
-        PartialState().wait_for_everyone()
-        if args.should_save:
-            folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+
+        def write() -> None:
             write_json(folder / SETTINGS_FILE, self._settings)
             seal(folder)
+
+        PartialState().wait_for_everyone()
+        on_main_process(write)
 
 
 def checkpoint_to_resume(output_dir: Path, value: str, settings: dict[str, Any]) -> tuple[Path, int]:
@@ -72,8 +75,8 @@ class MetricsLog(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Drops what was logged after the step that the run goes on from."""
-        if state.is_world_process_zero:
-            keep_jsonl(Path(args.output_dir) / METRICS_FILE, lambda entry: entry["step"] <= state.global_step)
+        path = Path(args.output_dir) / METRICS_FILE
+        on_main_process(lambda: keep_jsonl(path, lambda entry: entry["step"] <= state.global_step))
 
     def on_log(
         self,
@@ -85,10 +88,9 @@ class MetricsLog(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Adds a line to the file, and one to the log."""
-        if not state.is_world_process_zero:
-            return
         numbers = {name: value for name, value in logs.items() if not name.endswith(TIMINGS)}
-        append_jsonl(Path(args.output_dir) / METRICS_FILE, [{"step": state.global_step, **numbers}])
+        path = Path(args.output_dir) / METRICS_FILE
+        on_main_process(lambda: append_jsonl(path, [{"step": state.global_step, **numbers}]))
         words = "  ".join(f"{name} {value:.4g}" for name, value in numbers.items())
         logger.info("step %d/%d  %s", state.global_step, state.max_steps, words)
 
