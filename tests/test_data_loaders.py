@@ -1,6 +1,7 @@
 """What is seen is a function of (seed, epoch, index), whatever loads it; bad images change nothing else."""
 
 import logging
+import multiprocessing
 import random
 import subprocess
 import sys
@@ -201,6 +202,76 @@ def test_a_program_ends_although_a_loader_is_still_open():
     """Its workers ignore the signal by which they would otherwise be ended."""
     result = subprocess.run([sys.executable, "-c", LEFT_OPEN], capture_output=True, text=True, timeout=120)
     assert (result.returncode, result.stderr) == (0, "")
+
+
+HOST = """
+import atexit, multiprocessing, signal, time
+
+def hear(*_):
+    heard.append(True)
+
+def look():  # after the loaders' own hook, and before multiprocessing ends what is left
+    print("children:", [each is child for each in multiprocessing.active_children()])
+    print("handler:", signal.getsignal(signal.SIGCHLD) is hear)
+    heard.clear()
+    child.terminate()
+    child.join()
+    print("end:", child.exitcode, heard)
+
+heard = []
+signal.signal(signal.SIGCHLD, hear)
+child = multiprocessing.Process(target=time.sleep, args=(300,), daemon=True)
+child.start()
+atexit.register(look)
+
+from mimae.data.batches.loaders import evaluation_batches
+from mimae.data.images.transforms import evaluation_transform
+from mimae.data.sources.opening import open_image_source
+from mimae.tests.data_helpers import pretraining_loader
+
+source, transform = open_image_source(), evaluation_transform((8, 8))
+options = {"transform": transform, "num_channels": 1, "batch_size": 4, "num_workers": 1}
+print("images:", sum(len(batch["labels"]) for batch in evaluation_batches(source, indices=range(8), **options)))
+batches = pretraining_loader(source, num_channels=1, num_workers=1).batches()
+next(batches)
+print("handler:", signal.getsignal(signal.SIGCHLD) is hear, len(multiprocessing.active_children()))
+"""
+HEARD = """images: 8
+handler: True 2
+children: [True]
+handler: True
+end: -15 [True]
+"""
+
+
+def test_a_program_keeps_its_own_child_and_its_own_handler_of_ends_of_children():
+    """At the end of the program the loader's worker is gone, and the program's child is still its own to end."""
+    result = subprocess.run([sys.executable, "-c", HOST], capture_output=True, text=True, timeout=120)
+    assert (result.returncode, result.stdout, result.stderr) == (0, HEARD, "")
+
+
+def test_a_worker_that_is_killed_is_an_error_of_the_batch_that_is_waited_for():
+    batches = pretraining_loader(open_image_source(), num_channels=1, num_workers=1).batches()
+    next(batches)
+    (worker,) = set(multiprocessing.active_children())
+    worker.kill()
+    worker.join()  # here torch's handler would raise
+    with pytest.raises(RuntimeError, match="exited unexpectedly"):
+        take(batches, 10)
+
+
+LEFT_OPEN_AFTER_SKIPPING = """
+from accelerate import skip_first_batches
+from mimae.data.batches.workers import GuestLoader
+batches = iter(skip_first_batches(GuestLoader([0, 1, 2, 3], num_workers=1, batch_size=1, persistent_workers=True), 1))
+next(batches)
+"""
+
+
+def test_a_program_ends_although_a_loader_that_skips_batches_is_still_open():
+    """It is one of accelerate's making, of what ours was made of."""
+    result = subprocess.run([sys.executable, "-c", LEFT_OPEN_AFTER_SKIPPING], capture_output=True, timeout=120)
+    assert (result.returncode, result.stderr) == (0, b"")
 
 
 def test_another_seed_is_another_run():

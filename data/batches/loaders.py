@@ -8,24 +8,20 @@ is seen depends neither on processes nor on workers nor on where a run was inter
 the state there is.
 """
 
-import atexit
 import logging
-import multiprocessing
-import signal
-import threading
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import Dataset, default_collate
 
 from ..images.decoding import BadImageError, decode_image
 from ..order import SampleOrder, augmentation_seed, sample_noise
 from ..sources.base import ImageSource, Row, RowSource
 from .randomness import random_state_kept, seed_random_state, seed_torch
+from .workers import GuestLoader
 
 logger = logging.getLogger(__name__)
 
@@ -350,52 +346,15 @@ class PretrainingLoader:
         requests: Any = plan.requests(epoch, position)  # torch says lists of indices
         samples = PretrainingSamples(self.source, plan, seed=self.seed, **self.sample_options)
         # The stream never ends, so neither do its workers: nothing would be gained by persistent_workers.
-        batches = iter(
-            DataLoader(
+        return iter(
+            GuestLoader(
                 samples,
                 batch_sampler=requests,
                 collate_fn=samples.collate,
                 num_workers=self.num_workers,
                 pin_memory=self.pin_memory,
-                generator=torch.Generator(),  # else the DataLoader draws from the caller's
-                worker_init_fn=leave_stop_signals_to_the_caller,
             )
         )
-        if self.num_workers:
-            notice_dead_workers_when_waiting()
-        return batches
-
-
-def leave_stop_signals_to_the_caller(worker: int) -> None:
-    """A signal to the process group must not take the workers from a run that wants to save and end in good order."""
-    for signum in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-        signal.signal(signum, signal.SIG_IGN)
-
-
-def notice_dead_workers_when_waiting() -> None:
-    """A worker that is killed, for memory say, is an error of the batch that is waited for.
-
-    torch's handler would raise it wherever the main process is, in the middle of an optimiser's step too.
-    """
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-
-
-@atexit.register
-def _end_workers() -> None:
-    """Where a program ends with a loader still open, multiprocessing sends SIGTERM and would wait for ever.
-
-    Whatever other daemons there are get the same signal first, and a second to end by themselves.
-    """
-    daemons = [child for child in multiprocessing.active_children() if child.daemon]
-    if daemons:
-        notice_dead_workers_when_waiting()  # nobody waits any more
-    for daemon in daemons:
-        daemon.terminate()
-    deadline = time.monotonic() + 1
-    for daemon in daemons:
-        daemon.join(max(0.0, deadline - time.monotonic()))
-        daemon.kill()
 
 
 class EvaluationSamples(Dataset[Any]):
@@ -435,13 +394,11 @@ def evaluation_batches(
         dict of "pixel_values" uint8 (B, C, h, w) and "labels" int64 (B,), -1 where there is no label.
     """
     indices = np.arange(len(source)) if indices is None else np.asarray(indices)
-    loader = DataLoader(
+    loader = GuestLoader(
         EvaluationSamples(source, transform=transform, num_channels=num_channels),
         batch_sampler=[indices[start : start + batch_size].tolist() for start in range(0, len(indices), batch_size)],
         collate_fn=tuple,
         num_workers=num_workers,
-        generator=torch.Generator(),
-        worker_init_fn=leave_stop_signals_to_the_caller,
     )
     bad_images = []
     for images, labels, bad in loader:

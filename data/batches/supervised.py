@@ -11,34 +11,29 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset
 
 from ..order import SampleOrder
 from ..sources.base import RowSource
-from .loaders import BatchPlan, BatchRequest, OrderedSamples, leave_stop_signals_to_the_caller
+from .loaders import BatchPlan, BatchRequest, OrderedSamples
+from .workers import GuestLoader
 
 logger = logging.getLogger(__name__)
 
 IMAGES_NAMED = 10
 
 
-class SupervisedLoader(DataLoader[Any]):
-    """Leaves the caller's random state alone, and after each epoch names the images that could not be decoded.
+class SupervisedLoader(GuestLoader):
+    """Names, after each epoch, the images that could not be decoded.
 
     Args:
-        samples: with `bad_images`, the `BadImages` that it has met.
+        dataset: with `bad_images`, the `BadImages` that it has met.
+        options: of `GuestLoader`.
     """
 
     dataset: Any
     batch_sampler: Any
 
-    def __init__(self, samples: Dataset[Any], **options: Any):
-        # without a generator of its own a DataLoader draws from the caller's
-        super().__init__(
-            samples, generator=torch.Generator(), worker_init_fn=leave_stop_signals_to_the_caller, **options
-        )
-
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # torch names the class of its iterator
+    def __iter__(self) -> Iterator[Any]:
         yield from super().__iter__()
         self.dataset.bad_images.warn()
 
