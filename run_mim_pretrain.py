@@ -15,13 +15,12 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, set_seed
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -40,8 +39,8 @@ from mimae.flags.recipes import config_fields, flag_value, parse_arguments
 from mimae.jobs.monitors import Evaluation, Probe, ReconstructionMonitor, probe_indices, split_indices
 from mimae.jobs.publishing import claim_repository, publish
 from mimae.jobs.results import device_name, write_results
-from mimae.jobs.run_folder import claim_output_dir, clear_output_dir, run_name
-from mimae.jobs.start import limit_cpu_threads, start_logging
+from mimae.jobs.run_folder import clear_output_dir, run_name
+from mimae.jobs.start import start_processes
 from mimae.training.attention import default_attention
 from mimae.training.checkpoints.store import CheckpointStore
 from mimae.training.observer import TrainingObserver
@@ -50,6 +49,7 @@ from mimae.training.optimization import (
     WarmupMultiStep,
     WarmupSchedule,
     build_adamw,
+    in_steps,
     scaled_learning_rate,
 )
 from mimae.training.processes import main_process_first, on_main_process, together
@@ -81,7 +81,8 @@ def main(argv: Sequence[str] | None = None, observer: TrainingObserver | None = 
     config = family.build_config(model_args.preset, model_fields)
     start = None if args.resume_from_checkpoint is not None else model_args.model_name_or_path
     remarks = [] if start is None else compare_with_checkpoint(family, config, start)
-    accelerator, output_dir = start_processes(args, recipe)
+    output_dir = start_processes(args, recipe)
+    accelerator = build_accelerator(args, output_dir)
     for remark in remarks:
         logger.info("warm start: %s", remark)
     set_seed(args.seed)
@@ -101,9 +102,6 @@ def main(argv: Sequence[str] | None = None, observer: TrainingObserver | None = 
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
 
-    def interval(steps: int | None, epochs: float) -> int:
-        return steps or max(1, round(epochs * steps_per_epoch))
-
     repo_id = claim_repository(hub_args.push_to_hub, hub_args.hub_model_id, hub_args.hub_private_repo, output_dir)
     if args.torch_compile:
         model.compile()
@@ -120,8 +118,8 @@ def main(argv: Sequence[str] | None = None, observer: TrainingObserver | None = 
         max_nonfinite_steps=args.max_nonfinite_steps,
         intervals=Intervals(
             logging=args.logging_steps,
-            checkpointing=interval(args.checkpointing_steps, args.checkpointing_epochs),
-            evaluation=interval(args.evaluation_steps, args.evaluation_epochs),
+            checkpointing=in_steps(args.checkpointing_steps, args.checkpointing_epochs, steps_per_epoch),
+            evaluation=in_steps(args.evaluation_steps, args.evaluation_epochs, steps_per_epoch),
         ),
         output_dir=output_dir,
         checkpoints=checkpoints,
@@ -172,26 +170,15 @@ def build_model(
     return model
 
 
-def start_processes(args: PretrainingArguments, recipe: Path) -> tuple[Accelerator, Path]:
-    """Devices and processes, and the run's folder, held by the main one; the first line of the log says how many."""
-    # The processes meet: trackers want the folder before there is an Accelerator. They may wait for one another while
-    # the main one converts or lists a data set.
-    PartialState(cpu=args.use_cpu, timeout=timedelta(hours=2))
-    is_resumed = args.resume_from_checkpoint is not None
-    output_dir = on_main_process(
-        lambda: claim_output_dir(args.output_dir, recipe, args.overwrite_output_dir, is_resumed)
-    )
-    report_to = None if args.report_to == "none" else args.report_to.split(",")
-    accelerator = Accelerator(
+def build_accelerator(args: PretrainingArguments, output_dir: Path) -> Accelerator:
+    """Device, precision and trackers; the processes have met already."""
+    return Accelerator(
         cpu=args.use_cpu,
         mixed_precision=args.mixed_precision,
-        log_with=report_to,
+        log_with=None if args.report_to == "none" else args.report_to.split(","),
         # not output_dir itself: a folder "mimae" in it would hide the package from whoever works there
         project_config=ProjectConfiguration(project_dir=output_dir, logging_dir=output_dir / "tensorboard"),
     )
-    limit_cpu_threads(args.cpu_threads)
-    start_logging(accelerator.mixed_precision, recipe)
-    return accelerator, output_dir
 
 
 def build_loader(
@@ -236,7 +223,7 @@ def build_schedule(
         ),
         "start": args.warmup_learning_rate,
         "warmup_steps": round(args.warmup_epochs * steps_per_epoch) if warmup_steps is None else warmup_steps,
-        "total_steps": args.max_train_steps or max(1, round(args.num_train_epochs * steps_per_epoch)),
+        "total_steps": in_steps(args.max_train_steps, args.num_train_epochs, steps_per_epoch),
     }
     if args.lr_scheduler_type == "multistep":
         milestones = tuple(round(epoch * steps_per_epoch) for epoch in args.lr_milestone_epochs)

@@ -54,10 +54,10 @@ def write_classification_results(
     pictures = [name for name in PICTURES if (output_dir / name).exists()]
     if (output_dir / "config.json").exists():
         write_classification_card(output_dir, results=results, pictures=pictures)
-    return describe(results, output_dir, pictures)
+    return _describe(results, output_dir, pictures)
 
 
-def describe(results: Mapping[str, Any], output_dir: Path, pictures: Sequence[str]) -> str:
+def _describe(results: Mapping[str, Any], output_dir: Path, pictures: Sequence[str]) -> str:
     """A few lines for the terminal."""
     rows = [f"{results['task']} of {results['model']} on {results['dataset']}"]
     rows += [f"{name:24} {value:.4g}" for name, value in results["metrics"].items()]

@@ -21,8 +21,8 @@ from ..flags.downstream import DownstreamArguments
 from ..flags.hub import HubArguments
 from ..flags.model import ModelArguments
 from ..training.hf_trainer.base import DownstreamTrainer
-from ..training.hf_trainer.callbacks import BadImageLimit, MetricsLog, checkpoint_to_resume
-from ..training.optimization import WarmupSchedule, schedule_as_lambda
+from ..training.hf_trainer.callbacks import BadImageLimit, MetricsCallback, checkpoint_to_resume
+from ..training.optimization import WarmupSchedule, in_steps, schedule_as_lambda
 from ..training.processes import on_main_process
 from ..training.signals import RunStopped
 from .publishing import claim_repository, publish
@@ -190,7 +190,7 @@ class DownstreamRun(ABC):
 
     def total_steps(self, steps_per_epoch: int) -> int:
         """Optimiser steps of the whole run."""
-        return self.args.max_train_steps or max(1, round(self.args.num_train_epochs * steps_per_epoch))
+        return in_steps(self.args.max_train_steps, self.args.num_train_epochs, steps_per_epoch)
 
     def trainer_options(
         self, loader: DataLoader, optimizer: torch.optim.Optimizer, schedule: WarmupSchedule
@@ -211,7 +211,7 @@ class DownstreamRun(ABC):
             "train_loader": loader,
             "optimizers": (optimizer, schedule_as_lambda(optimizer, schedule)),
             "processing_class": self.image_processor,  # every checkpoint has one
-            "callbacks": [MetricsLog(), BadImageLimit(loader, self.data_args.max_bad_image_fraction)],
+            "callbacks": [MetricsCallback(), BadImageLimit(loader, self.data_args.max_bad_image_fraction)],
         }
 
     def settings(self, schedule: WarmupSchedule) -> dict[str, Any]:
@@ -233,10 +233,6 @@ class DownstreamRun(ABC):
     ) -> TrainingArguments:
         """Our flags as transformers' arguments."""
         args = self.args
-
-        def interval(steps: int | None, epochs: float) -> int:
-            return steps or max(1, round(epochs * steps_per_epoch))
-
         return TrainingArguments(
             output_dir=str(self.output_dir),
             max_steps=total_steps,
@@ -244,9 +240,9 @@ class DownstreamRun(ABC):
             gradient_accumulation_steps=args.gradient_accumulation_steps,
             max_grad_norm=args.max_grad_norm or 0.0,
             eval_strategy=eval_strategy,
-            eval_steps=interval(args.evaluation_steps, args.evaluation_epochs),
+            eval_steps=in_steps(args.evaluation_steps, args.evaluation_epochs, steps_per_epoch),
             save_strategy="steps",
-            save_steps=interval(args.checkpointing_steps, args.checkpointing_epochs),
+            save_steps=in_steps(args.checkpointing_steps, args.checkpointing_epochs, steps_per_epoch),
             save_total_limit=args.checkpoints_total_limit,
             logging_steps=args.logging_steps,
             logging_nan_inf_filter=False,

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainingArguments
 
 from mimae.training.hf_trainer.averaging import AVERAGE_FILE
-from mimae.training.hf_trainer.callbacks import MetricsLog
+from mimae.training.hf_trainer.callbacks import MetricsCallback
 from mimae.training.hf_trainer.dense import DenseTrainer
 from mimae.training.signals import RunStopped
 
@@ -131,7 +131,9 @@ def test_two_processes_equal_one_in_weights_and_in_the_parts_of_the_loss(tmp_pat
 
 
 def test_the_parts_of_the_loss_are_logged_as_means_that_add_up_to_it(tmp_path):
-    trainer = trainer_of(tmp_path, arguments={"logging_steps": 2, "num_train_epochs": 2}, callbacks=[MetricsLog()])
+    trainer = trainer_of(
+        tmp_path, arguments={"logging_steps": 2, "num_train_epochs": 2}, callbacks=[MetricsCallback()]
+    )
     trainer.train()
     losses, boxes, sizes = (logged(trainer, name) for name in ("loss", "box_loss", "size_loss"))
     assert len(losses) == len(boxes) == 3

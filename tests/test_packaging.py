@@ -133,6 +133,18 @@ def test_nobody_but_who_runs_them_imports_a_script(name):
     assert importers <= {"drills", "benchmarks", "replication"}
 
 
+def test_no_two_things_of_the_library_have_one_name():
+    """But `main`, which each script and each command has."""
+    places: dict[str, set[str]] = {}
+    for path in PACKAGE_FILES:
+        if room_of(module_of(path)) in ("drills", "benchmarks", "replication"):
+            continue
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+                places.setdefault(node.name, set()).add(module_of(path))
+    assert [name for name, modules in places.items() if len(modules) > 1] == ["main"]
+
+
 def test_no_room_is_crowded():
     folders = {path.parent for path in PACKAGE_FILES}
     crowded = {

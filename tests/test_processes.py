@@ -10,7 +10,7 @@ import pytest
 from accelerate import Accelerator, PartialState
 from runs import flags, launch
 
-from mimae.training.metrics import MetricLog
+from mimae.training.metrics import TrackedMetrics
 from mimae.training.processes import main_process_first, on_main_process, together
 
 TWO_PROCESSES = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
@@ -36,7 +36,7 @@ def opening(folder: Path, *ranks: int) -> list[str]:
 def write_into_a_folder(folder: Path):
     """Metrics, into a file that is none."""
     (folder / "metrics.jsonl").mkdir(exist_ok=True)
-    MetricLog(folder / "metrics.jsonl", Accelerator(cpu=True), total_steps=1).write(1, {"loss": 1.0})
+    TrackedMetrics(folder, Accelerator(cpu=True), total_steps=1).write(1, {"loss": 1.0})
 
 
 CASES = {

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -104,34 +105,52 @@ class StepMeter:
         self._gate_opened_at.fill_(state["gate_opened_at"])
 
 
-class MetricLog:
-    """`metrics.jsonl`, the trackers and the progress bar; only the main process writes.
+class MetricsFile:
+    """`metrics.jsonl`: what was measured after which step, an object a line; only the main process writes.
 
     Args:
-        path: the file.
+        folder: of the run.
+    """
+
+    def __init__(self, folder: Path):
+        self._path = folder / METRICS_FILE
+
+    def begin(self, step: int) -> None:
+        """Goes on after this step: later lines are dropped, since those steps are run again. Collective."""
+        on_main_process(lambda: keep_jsonl(self._path, lambda line: line.get("step", 0) <= step))
+
+    def write(self, step: int, metrics: Mapping[str, float | None]) -> None:
+        """One line; values that are None or not finite become null, as JSON has no NaN. Collective."""
+        values = {k: v if v is not None and math.isfinite(v) else None for k, v in metrics.items()}
+        on_main_process(lambda: self._write(step, values))
+
+    def _write(self, step: int, values: dict[str, float | None]) -> None:
+        append_jsonl(self._path, [{"step": step, **values}])
+
+
+class TrackedMetrics(MetricsFile):
+    """The file, the trackers and the progress bar.
+
+    Args:
+        folder: of the run.
         total_steps: of the run, for the bar.
     """
 
-    def __init__(self, path: Path, accelerator: Accelerator, *, total_steps: int):
-        self._path, self._accelerator, self._total_steps = path, accelerator, total_steps
+    def __init__(self, folder: Path, accelerator: Accelerator, *, total_steps: int):
+        super().__init__(folder)
+        self._accelerator, self._total_steps = accelerator, total_steps
         self._bar = tqdm(disable=True)
 
     def begin(self, step: int) -> None:
-        """Goes on after this step: the file's later lines are dropped, since those steps are run again."""
-        on_main_process(lambda: keep_jsonl(self._path, lambda line: line.get("step", 0) <= step))
+        """Goes on after this step, and shows the bar. Collective."""
+        super().begin(step)
         # None: no bar where nobody watches, as in a cluster's log file; lines are logged there instead
         disable = None if self._accelerator.is_main_process else True
         self._bar = tqdm(total=self._total_steps, initial=step, unit="step", disable=disable, smoothing=0.05)
 
-    def write(self, step: int, metrics: dict[str, float | None]) -> None:
-        """One line; values that are None or not finite become null, as JSON has no NaN. Collective."""
-        values = {k: v if v is not None and math.isfinite(v) else None for k, v in metrics.items()}
-
-        def write() -> None:
-            append_jsonl(self._path, [{"step": step, **values}])
-            self._accelerator.log({k: v for k, v in values.items() if v is not None}, step=step)
-
-        on_main_process(write)
+    def _write(self, step: int, values: dict[str, float | None]) -> None:
+        super()._write(step, values)
+        self._accelerator.log({k: v for k, v in values.items() if v is not None}, step=step)
 
     def lacks_evaluation(self, step: int) -> bool:
         """Whether the file has no line of an evaluation after this step."""

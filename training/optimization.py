@@ -15,6 +15,11 @@ from torch.optim.lr_scheduler import LambdaLR
 logger = logging.getLogger(__name__)
 
 
+def in_steps(steps: int | None, epochs: float, steps_per_epoch: int) -> int:
+    """So many steps, or where there is no number of them those of so many epochs, at least one."""
+    return steps or max(1, round(epochs * steps_per_epoch))
+
+
 def scaled_learning_rate(
     base_learning_rate: float, images_per_step: int, num_views: int, batch_unit: str, base_batch: int
 ) -> float:

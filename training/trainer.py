@@ -31,7 +31,7 @@ from .checkpoints.state import (
     set_random_state,
 )
 from .checkpoints.store import CheckpointStore
-from .metrics import METRICS_FILE, OUTPUT_SCALARS, MetricLog, StepMeter
+from .metrics import OUTPUT_SCALARS, StepMeter, TrackedMetrics
 from .observer import TrainingObserver
 from .optimization import WarmupSchedule, clip_gradients, parameter_names
 from .processes import Agreement, last_line, on_main_process
@@ -128,7 +128,7 @@ class Pretrainer:
         self.observer = observer or TrainingObserver()
         self.progress = Progress()
         self.meter = StepMeter(accelerator.device)
-        self.metrics = MetricLog(output_dir / METRICS_FILE, accelerator, total_steps=schedule.total_steps)
+        self.metrics = TrackedMetrics(output_dir, accelerator, total_steps=schedule.total_steps)
         self.bad_images = BadImageLog(
             output_dir / "bad_images.jsonl",
             accelerator,

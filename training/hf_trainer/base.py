@@ -61,7 +61,7 @@ class DownstreamTrainer(Trainer):
         # accumulated batches, and would divide no more
         self.model_accepts_loss_kwargs = False
         self.add_callback(StopAtNonFiniteLoss)
-        self.remove_callback(PrinterCallback)  # `MetricsLog` says it better
+        self.remove_callback(PrinterCallback)  # `MetricsCallback` says it better
         self.weight_average = None
         if average_decay is not None:
             self.weight_average = WeightAverage(self.model, average_decay)

@@ -16,8 +16,7 @@ from ..bad_images import TooManyBadImagesError
 from ..checkpoints.files import read_json, write_json
 from ..checkpoints.state import refuse_other_settings
 from ..checkpoints.store import CheckpointStore, seal
-from ..jsonl import append_jsonl, keep_jsonl
-from ..metrics import METRICS_FILE
+from ..metrics import MetricsFile
 from ..processes import on_main_process
 from ..signals import StopRequest
 
@@ -68,15 +67,14 @@ def checkpoint_to_resume(output_dir: Path, value: str, settings: dict[str, Any])
 TIMINGS = ("_runtime", "_per_second")  # of Trainer: noise, and no result
 
 
-class MetricsLog(TrainerCallback):
+class MetricsCallback(TrainerCallback):
     """Writes every logged number with its step; a resumed run forgets what the one before it logged later."""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Drops what was logged after the step that the run goes on from."""
-        path = Path(args.output_dir) / METRICS_FILE
-        on_main_process(lambda: keep_jsonl(path, lambda entry: entry["step"] <= state.global_step))
+        MetricsFile(Path(args.output_dir)).begin(state.global_step)
 
     def on_log(
         self,
@@ -89,8 +87,7 @@ class MetricsLog(TrainerCallback):
     ) -> None:
         """Adds a line to the file, and one to the log."""
         numbers = {name: value for name, value in logs.items() if not name.endswith(TIMINGS)}
-        path = Path(args.output_dir) / METRICS_FILE
-        on_main_process(lambda: append_jsonl(path, [{"step": state.global_step, **numbers}]))
+        MetricsFile(Path(args.output_dir)).write(state.global_step, numbers)
         words = "  ".join(f"{name} {value:.4g}" for name, value in numbers.items())
         logger.info("step %d/%d  %s", state.global_step, state.max_steps, words)
 
