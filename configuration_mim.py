@@ -36,19 +36,19 @@ class MIMConfigMixin(_EncoderConfig):
         mask_strategy: "orthogonal" cuts all masks of an image from one permutation, "independent" draws one
             permutation for each mask (Table 3c).
         norm_pix_loss: reconstruct each unit normalised by its own mean and variance.
-        reconstruction_weight: λ1 of Eq. 11.
+        reconstruction_weight: λ1, of L_rec (Eq. 11).
         mi_max_weight: λ2, of L_max (Eq. 8).
         mi_min_weight: λ3, of L_min (Eq. 10); 0 builds no approximator V.
-        temperature: τ of Eq. 7.
-        mi_gate_threshold: ε_l of Assumption 3: the information terms count once L_rec has been below it;
+        temperature: τ, of the similarities in L_max (Eq. 7).
+        mi_gate_threshold: ε_l, of Assumption 3: the information terms count once L_rec has been below it;
             None = from the first step (ablation (c) needs it).
         mi_gate_mode: "latch" stays open once opened; "step" decides at each step.
         approximator_unit: what V sees as X: the "pooled" visible patches of a view, or each "token" (a mixture's
             mean log-likelihood).
-        approximator_hidden_size: H of V; None = `hidden_size`.
-        approximator_variance_eps: added to V's variance.
+        approximator_hidden_size: H, the width of V's hidden layer; None = `hidden_size`.
+        approximator_variance_eps: what is added to V's variance.
         train_approximator: False is ablation (d): V stays as initialised and L_approx leaves the loss.
-        mi_reduction: over the features of ẑ in L_min and L_approx, "mean" or "sum". With λ3 = 10 a sum over 768
+        mi_reduction: "mean" or "sum" over the features of ẑ in L_min and L_approx. With λ3 = 10 a sum over 768
             features would swamp the other terms.
         gather_negatives: whether the other processes' views serve as negatives, too.
     """

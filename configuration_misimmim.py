@@ -23,6 +23,11 @@ class MISimMIMConfig(MIMConfigMixin, SwinConfig):
 
     Args:
         image_size: side in pixels, or (height, width); multiples of `mask_patch_size`.
+        patch_size: side in pixels of a patch.
+        embed_dim: width of the first stage's tokens; each stage doubles it.
+        depths: blocks of each stage.
+        num_heads: heads in each block of each stage.
+        mlp_ratio: width of the MLPs, over that of the tokens.
         window_size: tokens per side of an attention window; the map of the last stage must hold one.
         encoder_stride: pixels per side of a token of the last stage; follows from patches and stages.
         mask_patch_size: side in pixels of a mask's unit, a multiple of `encoder_stride`, so that every token of the

@@ -38,11 +38,9 @@ from mimae.evaluation.probes import knn_accuracies
 from mimae.families.registry import CONFIG_CLASSES
 from mimae.families.warm_start import UnfitCheckpointError
 from mimae.flags.classification import ClassificationArguments, ClassificationDataArguments
-from mimae.flags.data import PLACES
-from mimae.flags.hub import HubArguments
-from mimae.flags.model import ModelArguments
 from mimae.flags.option import RecipeError
-from mimae.flags.recipes import flag_value, parse_arguments
+from mimae.flags.recipes import flag_value, names_images, parse_arguments
+from mimae.flags.scripts import CLASSIFICATION
 from mimae.jobs.classes import class_names, label_map, numbered
 from mimae.jobs.classification_results import write_classification_results
 from mimae.jobs.downstream import DownstreamRun
@@ -71,9 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         ValueError and its kin, before training starts: a flag, recipe, checkpoint or data set that cannot be used.
     """
-    groups = (ModelArguments, ClassificationDataArguments, ClassificationArguments, HubArguments)
     (model_args, data_args, args, hub_args), model_fields, recipe = parse_arguments(
-        argv, groups, CONFIG_CLASSES, default_recipe=default_recipe(argv), description=__doc__
+        argv, CLASSIFICATION, CONFIG_CLASSES, default_recipe=default_recipe(argv), description=__doc__
     )
     output_dir = start_processes(args, recipe)
     set_seed(args.seed)
@@ -84,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def default_recipe(argv: Sequence[str] | None) -> Path:
     """Without --config: the task's recipe for digits, or for other images MAE's fine-tuning recipe."""
-    if any(flag_value(argv, place) is not None for place in PLACES):
+    if names_images(argv, CLASSIFICATION):
         return RECIPES / "classification.yaml"
     recipe = RECIPES / "digits" / f"{flag_value(argv, 'task')}.yaml"
     return recipe if recipe.exists() else RECIPES / "digits" / "finetune.yaml"
@@ -99,18 +96,6 @@ class ClassificationRun(DownstreamRun):
 
     data_args: ClassificationDataArguments
     args: ClassificationArguments
-
-    SETTINGS = (
-        *DownstreamRun.SETTINGS,
-        "task",
-        "auto_augment",
-        "random_erasing",
-        "mixup",
-        "cutmix",
-        "label_smoothing",
-        "ema_decay",
-        "probe_learning_rates",
-    )
 
     def __init__(self, *groups: Any):
         super().__init__(*groups)
@@ -387,11 +372,10 @@ class ClassificationRun(DownstreamRun):
         )
 
     def settings(self, schedule: WarmupSchedule) -> dict[str, Any]:
-        """Those of any training, the pooling of features, and the augmentation."""
+        """Those of any training, the pooling of features, and how many rows of a stream are shuffled together."""
         return {
             **super().settings(schedule),
             "feature_pooling": self.pooling,
-            **{name: getattr(self.data_args, name) for name in ("min_crop_scale", "horizontal_flip")},
             "shuffle_window": self.data_args.shuffle_window if self.training_images.reads_blocks else None,
         }
 

@@ -32,10 +32,11 @@ from mimae.families.family import Family
 from mimae.families.registry import CONFIG_CLASSES, family_named
 from mimae.families.warm_start import compare_with_checkpoint, pretraining_model
 from mimae.flags.data import DataArguments
-from mimae.flags.hub import HubArguments
 from mimae.flags.model import ModelArguments
+from mimae.flags.option import compared_values
 from mimae.flags.pretraining import PretrainingArguments
 from mimae.flags.recipes import config_fields, flag_value, parse_arguments
+from mimae.flags.scripts import PRETRAINING
 from mimae.jobs.monitors import Evaluation, Probe, ReconstructionMonitor, probe_indices, split_indices
 from mimae.jobs.publishing import claim_repository, publish
 from mimae.jobs.results import device_name, write_results
@@ -72,10 +73,9 @@ def main(argv: Sequence[str] | None = None, observer: TrainingObserver | None = 
     Raises:
         ValueError and its kin, before training starts: a flag, recipe, data set or folder that cannot be used.
     """
-    groups = (ModelArguments, DataArguments, PretrainingArguments, HubArguments)
     default_recipe = RECIPES / family_named(flag_value(argv, "model_type")).default_recipe
     (model_args, data_args, args, hub_args), model_fields, recipe = parse_arguments(
-        argv, groups, CONFIG_CLASSES, default_recipe=default_recipe, description=__doc__
+        argv, PRETRAINING, CONFIG_CLASSES, default_recipe=default_recipe, description=__doc__
     )
     family = family_named(model_args.model_type)
     config = family.build_config(model_args.preset, model_fields)
@@ -298,9 +298,7 @@ def run_settings(
     settings = {
         "model_type": config.model_type,
         **{name: getattr(config, name) for name in config_fields(type(config))},
-        **{name: getattr(data_args, name) for name in ("min_crop_scale", "horizontal_flip")},
-        **{name: getattr(args, name) for name in ("seed", "gradient_accumulation_steps", "weight_decay")},
-        **{name: getattr(args, name) for name in ("adam_beta1", "adam_beta2", "max_grad_norm", "crop_interpolation")},
+        **compared_values(data_args, args),
         **{f"schedule.{name}": value for name, value in asdict(schedule).items()},
         "images": loader.source.fingerprint,
         "images_per_epoch": loader.num_samples,

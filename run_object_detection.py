@@ -26,8 +26,9 @@ from mimae.data.images.transforms import DenseTransform
 from mimae.data.sources.coco import CocoSource
 from mimae.dense.mask_rcnn import LEVEL_STRIDES, MaskRCNNForInstanceSegmentation, build_mask_rcnn
 from mimae.evaluation.detection import Record, detection_metrics, detection_records, restore_detections
-from mimae.flags.dense import DETECTOR_FLAGS, DetectionArguments, DetectionDataArguments
+from mimae.flags.dense import DetectionArguments, DetectionDataArguments
 from mimae.flags.option import RecipeError
+from mimae.flags.scripts import DETECTION
 from mimae.jobs.dense import DenseRun
 from mimae.pictures.detection import save_detections
 from mimae.training.optimization import WarmupMultiStep
@@ -46,12 +47,10 @@ class DetectionRun(DenseRun):
     """Mask R-CNN on the images and the checkpoint that the flags name."""
 
     TASK = "detection"
-    GROUPS = (DetectionDataArguments, DetectionArguments)
+    GROUPS = DETECTION
 
     data_args: DetectionDataArguments
     args: DetectionArguments
-
-    SETTINGS = (*DenseRun.SETTINGS, "min_scale", "max_scale", *DETECTOR_FLAGS)
 
     def __init__(self, *groups: Any):
         super().__init__(*groups)

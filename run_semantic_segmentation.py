@@ -32,6 +32,7 @@ from mimae.dense.upernet import UperNet, build_upernet
 from mimae.evaluation.segmentation import MeanIoU, segment
 from mimae.flags.dense import SegmentationArguments, SegmentationDataArguments
 from mimae.flags.option import RecipeError
+from mimae.flags.scripts import SEGMENTATION
 from mimae.jobs.dense import DenseRun
 from mimae.pictures.segmentation import save_segmentations
 from mimae.training.optimization import WarmupPolynomial
@@ -49,22 +50,10 @@ class SegmentationRun(DenseRun):
     """UperNet on the images and the checkpoint that the flags name."""
 
     TASK = "segmentation"
-    GROUPS = (SegmentationDataArguments, SegmentationArguments)
+    GROUPS = SEGMENTATION
 
     data_args: SegmentationDataArguments
     args: SegmentationArguments
-
-    SETTINGS = (
-        *DenseRun.SETTINGS,
-        "crop_size",
-        "short_side",
-        "long_side_limit",
-        "min_scale",
-        "max_scale",
-        "photometric_distortion",
-        "upernet_channels",
-        "auxiliary_channels",
-    )
 
     def __init__(self, *groups: Any):
         super().__init__(*groups)

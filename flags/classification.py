@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 from ..evaluation.robustness import CORRUPTIONS
 from .data import DataArguments
 from .downstream import DownstreamArguments
-from .option import RecipeError, option
+from .option import RecipeError, changed, option
 from .run import CropArguments
 
 ALL_CORRUPTIONS = "all"
@@ -16,28 +16,48 @@ ALL_CORRUPTIONS = "all"
 class ClassificationDataArguments(DataArguments):
     """The data of a classifier: a part of it may do, and other sets may test it."""
 
-    min_crop_scale: float = option(0.08, "The smallest random crop, as a part of the image's area.")
-    train_fraction: float | None = option(None, "Train on this part of each class: 0.01 for 1 % fine-tuning.")
-    train_subset_file: str | None = option(None, "Train on the images that this file names, one a line.")
+    HEADING: ClassVar = "evaluation"
 
-    imagenet_a_dir: str | None = option(None, "finetune and evaluate: test on ImageNet-A, 200 class folders.")
-    imagenet_r_dir: str | None = option(None, "finetune and evaluate: test on ImageNet-R, 200 class folders.")
+    min_crop_scale: float = changed(DataArguments, "min_crop_scale", default=0.08)
+    train_fraction: float | None = option(
+        None,
+        "Train on this part of each class: 0.01 for 1 % fine-tuning.",
+        unset="all",
+        above=0,
+        at_most=1,
+        affects_result="images",
+        heading="data",
+    )
+    train_subset_file: str | None = option(
+        None,
+        "Train on the images that this file names, one a line.",
+        unset="all",
+        affects_result="images",
+        heading="data",
+    )
+
+    imagenet_a_dir: str | None = option(
+        None, "finetune and evaluate: test on ImageNet-A, 200 class folders.", affects_result=False
+    )
+    imagenet_r_dir: str | None = option(
+        None, "finetune and evaluate: test on ImageNet-R, 200 class folders.", affects_result=False
+    )
     imagenet_sketch_dir: str | None = option(
-        None, "finetune and evaluate: test on ImageNet-Sketch, 1,000 class folders."
+        None, "finetune and evaluate: test on ImageNet-Sketch, 1,000 class folders.", affects_result=False
     )
     imagenet_c_dir: str | None = option(
-        None, "finetune and evaluate: test on ImageNet-C, corruption/severity/class folders."
+        None, "finetune and evaluate: test on ImageNet-C, corruption/severity/class folders.", affects_result=False
     )
     corruptions: list[str] | None = option(
-        None, "finetune and evaluate: corrupt the held-out images on the fly in these ways; all: 15."
+        None,
+        "finetune and evaluate: also test on held-out images that are corrupted in these ways; all: 15.",
+        affects_result=False,
     )
 
     def __post_init__(self):
         super().__post_init__()
         if self.samples_per_epoch is not None:
             raise RecipeError("samples_per_epoch is for pre-training: see train_fraction")
-        if self.train_fraction is not None and not 0 < self.train_fraction <= 1:
-            raise RecipeError(f"train_fraction={self.train_fraction} must lie above 0 and at most at 1")
         if self.train_fraction is not None and self.train_subset_file is not None:
             raise RecipeError("train_fraction and train_subset_file both choose training images: give one of them")
         if unknown := set(self.corruptions or ()) - {*CORRUPTIONS, ALL_CORRUPTIONS}:
@@ -50,43 +70,91 @@ class ClassificationDataArguments(DataArguments):
 class ClassificationArguments(DownstreamArguments, CropArguments):
     """One task, and its optimisation: fine-tuning as He et al. 2022, Table 9; linear probing as Table 10."""
 
-    task: Literal["finetune", "linear_probe", "knn", "evaluate"] = option("finetune", "What is done with the model.")
-    warmup_epochs: float = option(5.0, "Linear from warmup_learning_rate.")
-    per_device_eval_batch_size: int | None = option(None, "Default: that of training.")
-    min_learning_rate: float = option(1e-6, "Where the half-cosine ends.")
+    HEADING: ClassVar = "optimisation"
 
-    base_learning_rate: float = option(1e-3, "Fine-tuning: lr = base_learning_rate * batch / 256.")
-    auto_augment: str = option("rand-m9-mstd0.5-inc1", "Fine-tuning: RandAugment in timm's notation, or none.")
-    random_erasing: float = option(0.25, "Fine-tuning: probability of erasing a rectangle.")
-    mixup: float = option(0.8, "Fine-tuning: alpha of mixup; 0: off.")
-    cutmix: float = option(1.0, "Fine-tuning: alpha of cutmix; 0: off.")
-    label_smoothing: float = option(0.1, "Fine-tuning.")
-    ema_decay: float | None = option(None, "Fine-tuning: test and keep an average of the weights of this decay.")
+    task: Literal["finetune", "linear_probe", "knn", "evaluate"] = option(
+        "finetune", "What is done with the model.", affects_result=True, heading="task"
+    )
+    warmup_epochs: float = option(
+        5.0, "Epochs of the linear warm-up from warmup_learning_rate.", at_least=0, affects_result="schedule"
+    )
+    per_device_eval_batch_size: int | None = option(
+        None,
+        "Images per process and forward pass when testing.",
+        unset="per_device_train_batch_size",
+        at_least=1,
+        affects_result=False,
+        heading="evaluation",
+    )
+    min_learning_rate: float = option(
+        1e-6, "The learning rate at the end of the half-cosine.", at_least=0, affects_result="schedule"
+    )
+
+    base_learning_rate: float = option(
+        1e-3, "Fine-tuning: peak of the learning rate, times batch / 256.", above=0, affects_result="schedule"
+    )
+    auto_augment: str = option(
+        "rand-m9-mstd0.5-inc1",
+        "Fine-tuning: RandAugment in timm's notation, or none.",
+        affects_result=True,
+        heading="augmentation",
+    )
+    random_erasing: float = option(
+        0.25,
+        "Fine-tuning: probability of erasing a rectangle.",
+        at_least=0,
+        at_most=1,
+        affects_result=True,
+        heading="augmentation",
+    )
+    mixup: float = option(
+        0.8, "Fine-tuning: alpha of mixup; 0: off.", at_least=0, affects_result=True, heading="augmentation"
+    )
+    cutmix: float = option(
+        1.0, "Fine-tuning: alpha of cutmix; 0: off.", at_least=0, affects_result=True, heading="augmentation"
+    )
+    label_smoothing: float = option(
+        0.1, "Fine-tuning: part of a target that is spread over all classes.", at_least=0, below=1, affects_result=True
+    )
+    ema_decay: float | None = option(
+        None,
+        "Fine-tuning: test and keep a moving average of the weights, with this decay.",
+        unset="no average",
+        at_least=0,
+        below=1,
+        affects_result=True,
+    )
 
     probe_learning_rates: list[float] = option(
-        [0.01, 0.03, 0.1, 0.3, 1.0], "Linear probe: base learning rates, one head each, trained at once by LARS."
+        [0.01, 0.03, 0.1, 0.3, 1.0],
+        "Linear probe: base learning rates; LARS trains one head for each, at once.",
+        above=0,
+        affects_result=True,
+        heading="linear probe and k-NN",
     )
     feature_pooling: Literal["cls", "mean"] | None = option(
-        None, "Linear probe and k-NN: class token, or mean of patches; default: class token where there is one."
+        None,
+        "Linear probe and k-NN: features are the class token, or the mean of the patches.",
+        unset="cls where there is a class token",
+        affects_result="feature_pooling",
+        heading="linear probe and k-NN",
     )
-    knn_k: list[int] = option([10, 20, 100, 200], "k-NN: neighbours that vote.")
-    knn_temperature: float = option(0.07, "k-NN: a neighbour votes with exp(similarity / temperature).")
-
-    AT_LEAST_1: ClassVar = (*DownstreamArguments.AT_LEAST_1, "per_device_eval_batch_size")
-    POSITIVE: ClassVar = (*DownstreamArguments.POSITIVE, "base_learning_rate", "knn_temperature")
-    NOT_NEGATIVE: ClassVar = (
-        *DownstreamArguments.NOT_NEGATIVE,
-        "warmup_epochs",
-        "min_learning_rate",
-        "mixup",
-        "cutmix",
+    knn_k: list[int] = option(
+        [10, 20, 100, 200],
+        "k-NN: numbers of neighbours that vote.",
+        above=0,
+        affects_result=False,
+        heading="linear probe and k-NN",
     )
-    FRACTIONS: ClassVar = (*DownstreamArguments.FRACTIONS, *CropArguments.FRACTIONS)
+    knn_temperature: float = option(
+        0.07,
+        "k-NN: a neighbour votes with exp(similarity / temperature).",
+        above=0,
+        affects_result=False,
+        heading="linear probe and k-NN",
+    )
 
     def __post_init__(self):
         super().__post_init__()
-        self._check("in 0..1, below 1", lambda value: 0 <= value < 1, "label_smoothing", "ema_decay")
-        self._check("in 0..1", lambda value: 0 <= value <= 1, "random_erasing")
         if self.task == "linear_probe" and self.max_grad_norm is not None:
             raise RecipeError("max_grad_norm would let one head of the probe slow down the others: leave it out")
-        self._check("positive numbers", lambda values: values and min(values) > 0, "probe_learning_rates", "knn_k")

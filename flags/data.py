@@ -1,87 +1,132 @@
 """The flags that say which data, and how it is read."""
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from ..data.sources.opening import ImageSource, image_splits, open_image_source
-from .option import check_types
+from .option import CheckedArguments, option
 
 USUAL_HELD_OUT_SPLITS = ("validation", "test")  # the first that there is
-# one of them says where the images are; a flag replaces whichever a recipe names
-PLACES = ("dataset_name", "train_dir", "data_files")
-# and these say more about those images: with other images they mean nothing
-DATA_KEYS = (
-    *PLACES,
-    "dataset_config_name",
-    "validation_dir",
-    "validation_files",
-    "train_split",
-    "validation_split",
-    "image_column_name",
-    "label_column_name",
-)
 
 
 @dataclass
-class DataArguments:
-    """Flags of the data; `data.sources.open_image_source` and `data.loaders` say what they do.
+class ReadingArguments(CheckedArguments):
+    """How images are read and flipped."""
+
+    HEADING: ClassVar = "data"
+
+    dataloader_num_workers: int = option(
+        0,
+        "Processes that read and decode, for each training process; what is seen does not depend on it.",
+        at_least=0,
+        affects_result=False,
+        heading="machine",
+    )
+    max_bad_image_fraction: float = option(
+        0.01,
+        "Stop when more than this part of the images cannot be decoded.",
+        at_least=0,
+        at_most=1,
+        affects_result=False,
+    )
+    horizontal_flip: float = option(
+        0.5,
+        "Probability of a flip; 0 for digits and letters.",
+        at_least=0,
+        at_most=1,
+        affects_result=True,
+        heading="augmentation",
+    )
+
+
+@dataclass
+class DataArguments(ReadingArguments):
+    """Flags of the data; `data.sources.opening` and `data.batches.loaders` say what they do.
 
     Raises:
-        TypeError, ValueError: a field has the wrong type or value, or two name different data; names the field.
+        TypeError, RecipeError: a field has the wrong type or value, or two name different data; names the field.
     """
 
-    dataset_name: str | None = field(
-        default=None,
-        metadata={
-            "help": "'digits' (embedded, the default), or a name or local path for 🤗 Datasets, as ILSVRC/imagenet-1k."
-        },
+    dataset_name: str | None = option(
+        None,
+        "digits (embedded), or a name or local path for 🤗 Datasets, such as ILSVRC/imagenet-1k.",
+        unset="digits, where no other flag names images",
+        names_data="place",
+        affects_result="images",
     )
-    dataset_config_name: str | None = field(default=None, metadata={"help": "The configuration of --dataset_name."})
-    train_dir: str | None = field(
-        default=None, metadata={"help": "A folder of images, in class folders if they have labels, or of IDX files."}
+    dataset_config_name: str | None = option(
+        None, "The configuration of --dataset_name.", names_data="detail", affects_result="images"
     )
-    validation_dir: str | None = field(default=None, metadata={"help": "The same for validation."})
-    validation_files: list[str] | None = field(
-        default=None, metadata={"help": "Parquet or WebDataset files for validation."}
+    train_dir: str | None = option(
+        None,
+        "A folder of images, in class folders if they have labels, or of IDX files.",
+        names_data="place",
+        affects_result="images",
     )
-    data_files: list[str] | None = field(
-        default=None, metadata={"help": "Parquet or WebDataset (.tar) files: paths, globs or URLs."}
+    validation_dir: str | None = option(
+        None, "Such a folder to validate on.", names_data="detail", affects_result=False
     )
-    train_split: str = field(default="train", metadata={"help": "The split to train on."})
-    validation_split: str | None = field(
-        default=None, metadata={"help": "The split to validate on; default: 'validation' or 'test' if there."}
+    validation_files: list[str] | None = option(
+        None, "Parquet or WebDataset files to validate on.", names_data="detail", affects_result=False
     )
-    streaming: bool = field(
-        default=False,
-        metadata={"help": "Read parquet or tar shards where they lie instead of converting them on disk."},
+    data_files: list[str] | None = option(
+        None,
+        "Parquet or WebDataset (.tar) files: paths, globs or URLs.",
+        names_data="place",
+        affects_result="images",
     )
-    image_column_name: str | None = field(
-        default=None, metadata={"help": "Default: the first column of type Image, else 'image'."}
+    train_split: str = option("train", "The split to train on.", names_data="detail", affects_result="images")
+    validation_split: str | None = option(
+        None,
+        "The split to validate on.",
+        unset="validation or test, if there is one",
+        names_data="detail",
+        affects_result=False,
     )
-    label_column_name: str | None = field(
-        default=None, metadata={"help": "Default: the first column of type ClassLabel, else 'label'."}
+    streaming: bool = option(
+        False,
+        "Read parquet or tar files where they lie, instead of converting them on disk first.",
+        affects_result="images",
     )
-    cache_dir: str | None = field(default=None, metadata={"help": "Default: the cache of 🤗 Datasets."})
-    dataloader_num_workers: int = field(
-        default=0,
-        metadata={"help": "Processes that read and decode, for each training process; no influence on what is seen."},
+    image_column_name: str | None = option(
+        None,
+        "The column of the images.",
+        unset="the first of type Image, else image",
+        names_data="detail",
+        affects_result="images",
     )
-    shuffle_window: int = field(
-        default=8192, metadata={"help": "Rows of a sharded stream that are shuffled together; bounds the memory."}
+    label_column_name: str | None = option(
+        None,
+        "The column of the labels.",
+        unset="the first of type ClassLabel, else label",
+        names_data="detail",
+        affects_result="images",
     )
-    max_bad_image_fraction: float = field(
-        default=0.01, metadata={"help": "Stop when more than this part of the images cannot be decoded."}
+    cache_dir: str | None = option(
+        None, "Where data sets are kept.", unset="the cache of 🤗 Datasets", affects_result=False
     )
-    samples_per_epoch: int | None = field(default=None, metadata={"help": "Images per epoch; default: all."})
-    min_crop_scale: float = field(
-        default=0.2, metadata={"help": "The smallest random crop, as a part of the image's area."}
+    shuffle_window: int = option(
+        8192,
+        "Rows of a stream that are shuffled together: more mix better and take more memory.",
+        at_least=1,
+        affects_result="shuffle_window",
     )
-    horizontal_flip: float = field(default=0.5, metadata={"help": "Probability of a flip; 0 for digits and letters."})
+    samples_per_epoch: int | None = option(
+        None, "Pre-training: images per epoch.", unset="all", at_least=1, affects_result="images_per_epoch"
+    )
+    min_crop_scale: float = option(
+        0.2,
+        "The smallest random crop, as a part of the image's area.",
+        above=0,
+        at_most=1,
+        affects_result=True,
+        heading="augmentation",
+    )
 
     def __post_init__(self):
-        check_types(self)
-        self._check_one_place()
-        self._check_ranges()
+        super().__post_init__()
+        self._check_one_place("dataset_name", "train_dir", "data_files")
+        self._check_one_place("validation_dir", "validation_files")
 
     @property
     def is_local(self) -> bool:
@@ -129,19 +174,3 @@ class DataArguments:
             cache_dir=self.cache_dir,
             **place,
         )
-
-    def _check_one_place(self) -> None:
-        for places in (PLACES, ("validation_dir", "validation_files")):
-            named = [name for name in places if getattr(self, name)]
-            if len(named) > 1:
-                raise ValueError(f"{' and '.join(named)} name different data: give one of them")
-
-    def _check_ranges(self) -> None:
-        for name in ("max_bad_image_fraction", "min_crop_scale", "horizontal_flip"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must lie in 0..1, got {getattr(self, name)}")
-        if self.min_crop_scale == 0:
-            raise ValueError("min_crop_scale must be above 0")
-        for name, least in (("dataloader_num_workers", 0), ("shuffle_window", 1), ("samples_per_epoch", 1)):
-            if getattr(self, name) is not None and getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")

@@ -1,9 +1,8 @@
 """The flags of every downstream script: how a model that starts from a checkpoint is trained."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
-from .option import option
+from .option import changed, option
 from .run import RunArguments
 
 
@@ -12,13 +11,20 @@ class DownstreamArguments(RunArguments):
     """What training has in common for classes, masks and boxes."""
 
     untrained: bool = option(
-        False, "Take only the architecture of --model_name_or_path, with random weights: the control."
+        False,
+        "Take only the architecture of --model_name_or_path, with random weights: the control.",
+        affects_result=True,
+        heading="model",
     )
-    num_train_epochs: float = option(100.0, "Passes over the training images.")
-    evaluation_epochs: float = option(1.0, "Evaluate every so many epochs.")
-    layer_decay: float = option(0.75, "Fine-tuning: the learning rate of each block, over that of the next.")
-    adam_beta1: float = option(0.9, "Fine-tuning: AdamW.")
-    adam_beta2: float = option(0.999, "Fine-tuning: AdamW.")
-
-    POSITIVE: ClassVar = (*RunArguments.POSITIVE, "num_train_epochs")
-    FRACTIONS: ClassVar = (*RunArguments.FRACTIONS, "layer_decay")
+    num_train_epochs: float = option(100.0, "Passes over the training images.", above=0, affects_result="schedule")
+    evaluation_epochs: float = changed(RunArguments, "evaluation_epochs", default=1.0)
+    per_device_train_batch_size: int = changed(RunArguments, "per_device_train_batch_size", affects_result=True)
+    layer_decay: float = option(
+        0.75,
+        "Fine-tuning: the learning rate of each block, over that of the next.",
+        above=0,
+        at_most=1,
+        affects_result=True,
+    )
+    adam_beta1: float = option(0.9, "Fine-tuning: β1 of AdamW.", affects_result=True)
+    adam_beta2: float = option(0.999, "Fine-tuning: β2 of AdamW.", affects_result=True)

@@ -1,21 +1,24 @@
 """The flags of the Hub."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
-from .option import check_types, option
+from .option import CheckedArguments, option
 
 
 @dataclass
-class HubArguments:
+class HubArguments(CheckedArguments):
     """Whether and where the result goes on the Hub. The token is huggingface_hub's: `hf auth login`, or HF_TOKEN."""
+
+    HEADING: ClassVar = "Hub"
 
     push_to_hub: bool = option(
         False,
-        "Upload the model and its card at the end; of what is no segmenter or detector, the encoder as stock ViT or "
-        "Swin.",
+        "Upload the model and its card at the end. Segmenters and detectors are uploaded as they are; of all others, "
+        "the encoder as a stock ViT or Swin.",
+        affects_result=False,
     )
-    hub_model_id: str | None = option(None, "The repository; default: output_dir's name, in your own namespace.")
-    hub_private_repo: bool = option(False, "Make the repository private, if it is new.")
-
-    def __post_init__(self):
-        check_types(self)
+    hub_model_id: str | None = option(
+        None, "The repository.", unset="output_dir's name, in your own namespace", affects_result=False
+    )
+    hub_private_repo: bool = option(False, "Make the repository private, if it is new.", affects_result=False)

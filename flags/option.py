@@ -1,8 +1,8 @@
-"""How a flag is written down: one line with its default, its help and its range."""
+"""How a flag is written down: one field that says all there is to say of it."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, get_args, get_type_hints
+from dataclasses import MISSING, Field, dataclass, field, fields, replace
+from inspect import get_annotations
+from typing import Any, ClassVar, Literal, get_args, get_type_hints
 
 from huggingface_hub.dataclasses import type_validator
 
@@ -11,36 +11,159 @@ class RecipeError(ValueError):
     """A recipe or a flag that cannot be used; the message names the key."""
 
 
-def option(default: Any, text: str) -> Any:
-    """A flag with its default and its help."""
-    metadata = {"help": text.replace("%", "%%")}  # argparse fills in what a single one names
+@dataclass(frozen=True)
+class Flag:
+    """What is said of a flag beside its name, its type and its default.
+
+    help: what it does.
+    affects_result: what a resumed run is held to. True: to the same value. The name of a setting: to the same of what
+        follows from the value, which that setting holds ("schedule": its fields; "model": those of the configuration).
+        False: to nothing, as the trained weights do not depend on it.
+    at_least, above, at_most, below: the range of its value, or of each of its values; None is in every range.
+    names_data: "place": it says where images are, and on the command line it replaces all that a recipe says of data.
+        "detail": it says more about those images, and means nothing for others.
+    unset: in words, what holds where its default is None.
+    heading: that of the flag in --help, one of `HEADINGS`, where it is not that of its class.
+    """
+
+    help: str
+    affects_result: bool | str
+    at_least: float | None = None
+    above: float | None = None
+    at_most: float | None = None
+    below: float | None = None
+    names_data: Literal["place", "detail"] | None = None
+    unset: str = "none"
+    heading: str | None = None
+
+    def check(self, name: str, value: Any) -> None:
+        """Raises a RecipeError where the value, or one of several, is out of range."""
+        if value is None or not (words := self.range_in_words()):
+            return
+        if not isinstance(value, list):
+            if not self._is_in_range(value):
+                raise RecipeError(f"{name}={value} must be {words}")
+        elif not value or not all(map(self._is_in_range, value)):
+            raise RecipeError(f"{name}={value} must be one or more numbers, each {words}")
+
+    def range_in_words(self) -> str:
+        """What a value must be; "" where it may be any."""
+        if (self.at_least, self.above) == (None, 0) and self.at_most is self.below is None:
+            return "positive"
+        if self.at_least == 0 and (self.at_most == 1 or self.below == 1):
+            return "in 0..1" if self.at_most == 1 else "in 0..1, below 1"
+        if self.at_least == 0 and self.at_most is self.below is None:
+            return "0 or more"
+        bounds = {"at least": self.at_least, "above": self.above, "at most": self.at_most, "below": self.below}
+        return " and ".join(f"{words} {bound}" for words, bound in bounds.items() if bound is not None)
+
+    def _is_in_range(self, value: float) -> bool:
+        """NaN never is."""
+        return (
+            (self.at_least is None or value >= self.at_least)
+            and (self.above is None or value > self.above)
+            and (self.at_most is None or value <= self.at_most)
+            and (self.below is None or value < self.below)
+        )
+
+
+# of --help, in its order; those of what only some models have follow
+MASKS_AND_LOSSES = "masks and losses"
+HEADINGS = (
+    "task",
+    "model",
+    "data",
+    "augmentation",
+    MASKS_AND_LOSSES,
+    "optimisation",
+    "linear probe and k-NN",
+    "evaluation",
+    "machine",
+    "run folder",
+    "Hub",
+)
+
+
+def option(default: Any, help: str, *, affects_result: bool | str, **facts: Any) -> Any:
+    """A flag: its default, and what `Flag` says of it."""
+    metadata = {"flag": Flag(help, affects_result, **facts)}
     if isinstance(default, list):
         return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
+def changed(group: type, name: str, **changes: Any) -> Any:
+    """A flag of a base class that in a subclass has another `default`, or of which something else is said."""
+    inherited = group.__dataclass_fields__[name]
+    default = changes.pop("default", inherited.default)
+    return field(default=default, metadata={"flag": replace(inherited.metadata["flag"], **changes)})
+
+
+def flags_of(*groups: Any) -> dict[str, Flag]:
+    """The flags of argument dataclasses, or of their instances, by name."""
+    return {each.name: each.metadata["flag"] for group in groups for each in fields(group)}
+
+
+def compared_values(*groups: Any) -> dict[str, Any]:
+    """The values of instances of argument dataclasses that a resumed run must have under the flags' own names."""
+    return {
+        name: getattr(group, name)
+        for group in groups
+        for name, flag in flags_of(group).items()
+        if flag.affects_result is True
+    }
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A flag as --help and the page of all flags have it: in words."""
+
+    name: str
+    heading: str
+    help: str
+    default: str
+
+
+def entries(group: type) -> dict[str, Entry]:
+    """The flags of a dataclass by name; one that it inherits is under the heading of the base class that added it."""
+    found = {}
+    for each in fields(group):
+        flag = each.metadata["flag"]
+        owner = next(base for base in reversed(group.__mro__) if each.name in get_annotations(base))
+        default = flag.unset if each.default is None else in_words(default_of(each))
+        off = f" --no_{each.name} turns it off." if each.default is True else ""
+        found[each.name] = Entry(each.name, flag.heading or owner.HEADING, flag.help + off, default)
+    return found
+
+
+def default_of(declared: Field) -> Any:
+    """The default of a dataclass's field."""
+    return declared.default if declared.default_factory is MISSING else declared.default_factory()
+
+
+def in_words(value: Any) -> str:
+    """A value as the command line takes it."""
+    if isinstance(value, list | tuple):
+        return " ".join(map(str, value))
+    return "none" if value is None else str(value)
+
+
 @dataclass
 class CheckedArguments:
-    """Flags whose types and values are checked; the subclass names those that must lie in a common range."""
+    """Flags whose types and ranges are checked."""
 
-    AT_LEAST_1: ClassVar = ()
-    POSITIVE: ClassVar = ()
-    NOT_NEGATIVE: ClassVar = ()
-    FRACTIONS: ClassVar = ()
+    HEADING: ClassVar[str]  # in --help, of the flags that a class adds
 
     def __post_init__(self):
         check_types(self)
-        self._check("at least 1", lambda value: value >= 1, *self.AT_LEAST_1)
-        self._check("positive", lambda value: value > 0, *self.POSITIVE)
-        self._check("0 or more", lambda value: value >= 0, *self.NOT_NEGATIVE)
-        self._check("above 0 and at most 1", lambda value: 0 < value <= 1, *self.FRACTIONS)
+        for name, flag in flags_of(self).items():
+            flag.check(name, getattr(self, name))
 
-    def _check(self, words: str, holds: Callable[[float], bool], *names: str) -> None:
-        """Refuses the fields that are set and for which something does not hold."""
-        for name in names:
-            value = getattr(self, name)
-            if value is not None and not holds(value):
-                raise RecipeError(f"{name}={value} must be {words}")
+    def _check_one_place(self, *names: str) -> None:
+        """Refuses more than one of the flags that say where images are."""
+        named = [name for name in names if getattr(self, name)]
+        if len(named) > 1:
+            raise RecipeError(f"{' and '.join(named)} name different data: give one of them")
 
 
 def check_types(arguments: Any) -> None:

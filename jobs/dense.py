@@ -15,9 +15,8 @@ from ..data.batches.dense import DenseEvaluationLoader, DenseLoader, DenseSample
 from ..data.images.transforms import DenseTransform
 from ..data.sources.dense import DenseSource
 from ..families.registry import CONFIG_CLASSES
-from ..flags.dense import DenseArguments, DenseDataArguments
-from ..flags.hub import HubArguments
-from ..flags.model import ModelArguments
+from ..flags.data import ReadingArguments
+from ..flags.dense import DenseArguments
 from ..flags.option import RecipeError
 from ..flags.recipes import parse_arguments
 from ..training.hf_trainer.dense import DenseTrainer
@@ -43,9 +42,9 @@ class DenseRun(DownstreamRun):
 
     IS_DENSE: ClassVar[bool] = True
     TASK: ClassVar[str]  # as `write_dense_results` calls it
-    GROUPS: ClassVar[tuple[type[DenseDataArguments], type[DenseArguments]]]  # its flags
+    GROUPS: ClassVar[tuple[type, ...]]  # its flags
 
-    data_args: DenseDataArguments
+    data_args: ReadingArguments
     args: DenseArguments
 
     def __init__(self, *groups: Any):
@@ -68,15 +67,8 @@ class DenseRun(DownstreamRun):
             ValueError and its kin, before training starts: a flag, recipe, checkpoint or data set that cannot be used;
                 while it reads, an image whose annotation has a class that the set does not have.
         """
-        data_class, arguments_class = cls.GROUPS
         groups, model_fields, recipe = parse_arguments(
-            argv,
-            (ModelArguments, data_class, arguments_class, HubArguments),
-            CONFIG_CLASSES,
-            default_recipe=default_recipe,
-            description=description,
-            places=data_class.PLACES,
-            data_keys=data_class.DATA_KEYS,
+            argv, cls.GROUPS, CONFIG_CLASSES, default_recipe=default_recipe, description=description
         )
         args = groups[2]
         output_dir = start_processes(args, recipe)
@@ -155,10 +147,6 @@ class DenseRun(DownstreamRun):
             "per_class": self.per_class,
             "pictures": [PICTURE],
         }
-
-    def settings(self, schedule: WarmupSchedule) -> dict[str, Any]:
-        """Those of any training, and whether images are flipped."""
-        return {**super().settings(schedule), "horizontal_flip": self.data_args.horizontal_flip}
 
     def facts(self) -> dict[str, Any]:
         """Those of every run, and the training data."""

@@ -20,6 +20,7 @@ from ..families.starting_model import StartingModel
 from ..flags.downstream import DownstreamArguments
 from ..flags.hub import HubArguments
 from ..flags.model import ModelArguments
+from ..flags.option import compared_values
 from ..training.hf_trainer.base import DownstreamTrainer
 from ..training.hf_trainer.callbacks import BadImageLimit, MetricsCallback, checkpoint_to_resume
 from ..training.optimization import WarmupSchedule, in_steps, schedule_as_lambda
@@ -49,18 +50,6 @@ class DownstreamRun(ABC):
 
     # whether the model is built on a backbone
     IS_DENSE: ClassVar[bool] = False
-    # flags that a training's result follows from
-    SETTINGS: ClassVar[tuple[str, ...]] = (
-        "seed",
-        "untrained",
-        "per_device_train_batch_size",
-        "gradient_accumulation_steps",
-        "weight_decay",
-        "max_grad_norm",
-        "layer_decay",
-        "adam_beta1",
-        "adam_beta2",
-    )
 
     def __init__(
         self,
@@ -218,7 +207,7 @@ class DownstreamRun(ABC):
         """What a training's result follows from, as JSON holds it; a resumed one must have the same."""
         settings = {
             **self.model_fields,
-            **{name: getattr(self.args, name) for name in self.SETTINGS},
+            **compared_values(self.data_args, self.args),
             **{f"schedule.{name}": value for name, value in asdict(schedule).items()},
             "images": self.training_images.fingerprint,
             "image_mean": self.mean,
