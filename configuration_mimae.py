@@ -44,21 +44,23 @@ class MIMAEConfig(BackboneConfigMixin, MIMConfigMixin, ViTMAEConfig):
         decoder_num_hidden_layers: blocks of the decoder.
         decoder_num_attention_heads: heads in each block of the decoder.
         decoder_intermediate_size: width of the decoder's MLPs.
+        hidden_act: activation function of the MLPs, as transformers calls it.
         latent_pooling: how the tokens of a view become its one vector ẑ: "mean" of the visible patches, "cls" token,
             or mean of "all".
         drop_path_rate: of the last block; a block's residual branches are dropped at a rate that grows linearly from
-            0 in the first one. For fine-tuning; MAE pre-trains without.
+            0 in the first one. For fine-tuning; pre-training goes without.
         classifier_pooling: what the classifier sees: the "mean" of the patch tokens, through a LayerNorm of its own
             in place of the encoder's last, or the class token ("cls") after the encoder's last.
-        use_relative_position_bias: for segmentation and detection, as are all fields below: to each pair of tokens
-            every head adds a number of its own for their offset, as in BEiT.
-        use_relative_position_embeddings: to each pair of tokens every head adds the query's product with learned
-            embeddings of their vertical and of their horizontal offset, as in ViTDet.
-        window_size: side in patches of the windows that attention is confined to; None = it is global. With windows
-            the class token is left out.
-        global_attention_indexes: with windows, blocks, counted from 0, that attend globally all the same; None = the
-            last block of each quarter, as in ViTDet.
-        add_fpn: bring four feature maps to 4, 2, 1 and 1/2 times the patch grid, as MAE and BEiT do for UperNet.
+        use_relative_position_bias: in a `MIMAEBackbone`, to each pair of tokens every head adds a number of its own
+            for their offset, as in BEiT.
+        use_relative_position_embeddings: in a `MIMAEBackbone`, to each pair of tokens every head adds the query's
+            product with learned embeddings of their vertical and of their horizontal offset, as in ViTDet.
+        window_size: in a `MIMAEBackbone`, side in patches of the windows that attention is confined to; None = it is
+            global. With windows the class token is left out.
+        global_attention_indexes: in a `MIMAEBackbone` with windows, blocks, counted from 0, that attend globally all
+            the same; None = the last block of each quarter, as in ViTDet.
+        add_fpn: a `MIMAEBackbone` brings four feature maps to 4, 2, 1 and 1/2 times the patch grid, as MAE and BEiT
+            do for UperNet.
         out_indices, out_features: whose output the feature maps are, as in all of transformers' backbones: 0 or
             "stem" are the embeddings, i or "stage{i}" the i-th block. Default: the last block; with `add_fpn` those
             after 1/3, 1/2, 2/3 and all of the blocks, which are MAE's.

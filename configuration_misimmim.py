@@ -29,11 +29,12 @@ class MISimMIMConfig(MIMConfigMixin, SwinConfig):
         num_heads: heads in each block of each stage.
         mlp_ratio: width of the MLPs, over that of the tokens.
         window_size: tokens per side of an attention window; the map of the last stage must hold one.
+        hidden_act: activation function of the MLPs, as transformers calls it.
         encoder_stride: pixels per side of a token of the last stage; follows from patches and stages.
         mask_patch_size: side in pixels of a mask's unit, a multiple of `encoder_stride`, so that every token of the
             last stage is wholly visible or wholly masked.
         drop_path_rate: of the last block; a block's residual branches are dropped at a rate that grows linearly from
-            0 in the first one. For fine-tuning; SimMIM pre-trains without.
+            0 in the first one. For fine-tuning; pre-training goes without.
 
     Raises:
         StrictDataclassError (of huggingface_hub): a wrong type, or values that contradict each other; the message

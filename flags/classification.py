@@ -19,6 +19,7 @@ class ClassificationDataArguments(DataArguments):
     HEADING: ClassVar = "evaluation"
 
     min_crop_scale: float = changed(DataArguments, "min_crop_scale", default=0.08)
+    samples_per_epoch: int | None = changed(DataArguments, "samples_per_epoch", affects_result=False)  # and refused
     train_fraction: float | None = option(
         None,
         "Train on this part of each class: 0.01 for 1 % fine-tuning.",
@@ -26,14 +27,14 @@ class ClassificationDataArguments(DataArguments):
         above=0,
         at_most=1,
         affects_result="images",
-        heading="data",
+        under="data",
     )
     train_subset_file: str | None = option(
         None,
-        "Train on the images that this file names, one a line.",
+        "Train on the images named in this file, a line each.",
         unset="all",
         affects_result="images",
-        heading="data",
+        under="data",
     )
 
     imagenet_a_dir: str | None = option(
@@ -73,7 +74,7 @@ class ClassificationArguments(DownstreamArguments, CropArguments):
     HEADING: ClassVar = "optimisation"
 
     task: Literal["finetune", "linear_probe", "knn", "evaluate"] = option(
-        "finetune", "What is done with the model.", affects_result=True, heading="task"
+        "finetune", "What is done with the model.", affects_result=True, under="task"
     )
     warmup_epochs: float = option(
         5.0, "Epochs of the linear warm-up from warmup_learning_rate.", at_least=0, affects_result="schedule"
@@ -84,7 +85,7 @@ class ClassificationArguments(DownstreamArguments, CropArguments):
         unset="per_device_train_batch_size",
         at_least=1,
         affects_result=False,
-        heading="evaluation",
+        under="evaluation",
     )
     min_learning_rate: float = option(
         1e-6, "The learning rate at the end of the half-cosine.", at_least=0, affects_result="schedule"
@@ -94,10 +95,7 @@ class ClassificationArguments(DownstreamArguments, CropArguments):
         1e-3, "Fine-tuning: peak of the learning rate, times batch / 256.", above=0, affects_result="schedule"
     )
     auto_augment: str = option(
-        "rand-m9-mstd0.5-inc1",
-        "Fine-tuning: RandAugment in timm's notation, or none.",
-        affects_result=True,
-        heading="augmentation",
+        "rand-m9-mstd0.5-inc1", "Fine-tuning: timm's RandAugment, or none.", affects_result=True, under="augmentation"
     )
     random_erasing: float = option(
         0.25,
@@ -105,13 +103,13 @@ class ClassificationArguments(DownstreamArguments, CropArguments):
         at_least=0,
         at_most=1,
         affects_result=True,
-        heading="augmentation",
+        under="augmentation",
     )
     mixup: float = option(
-        0.8, "Fine-tuning: alpha of mixup; 0: off.", at_least=0, affects_result=True, heading="augmentation"
+        0.8, "Fine-tuning: alpha of mixup; 0: off.", at_least=0, affects_result=True, under="augmentation"
     )
     cutmix: float = option(
-        1.0, "Fine-tuning: alpha of cutmix; 0: off.", at_least=0, affects_result=True, heading="augmentation"
+        1.0, "Fine-tuning: alpha of cutmix; 0: off.", at_least=0, affects_result=True, under="augmentation"
     )
     label_smoothing: float = option(
         0.1, "Fine-tuning: part of a target that is spread over all classes.", at_least=0, below=1, affects_result=True
@@ -130,28 +128,20 @@ class ClassificationArguments(DownstreamArguments, CropArguments):
         "Linear probe: base learning rates; LARS trains one head for each, at once.",
         above=0,
         affects_result=True,
-        heading="linear probe and k-NN",
+        under="probe and k-NN",
     )
     feature_pooling: Literal["cls", "mean"] | None = option(
         None,
         "Linear probe and k-NN: features are the class token, or the mean of the patches.",
         unset="cls where there is a class token",
         affects_result="feature_pooling",
-        heading="linear probe and k-NN",
+        under="probe and k-NN",
     )
     knn_k: list[int] = option(
-        [10, 20, 100, 200],
-        "k-NN: numbers of neighbours that vote.",
-        above=0,
-        affects_result=False,
-        heading="linear probe and k-NN",
+        [10, 20, 100, 200], "k-NN: how many neighbours vote.", above=0, affects_result=False, under="probe and k-NN"
     )
     knn_temperature: float = option(
-        0.07,
-        "k-NN: a neighbour votes with exp(similarity / temperature).",
-        above=0,
-        affects_result=False,
-        heading="linear probe and k-NN",
+        0.07, "k-NN: votes are exp(similarity / temperature).", above=0, affects_result=False, under="probe and k-NN"
     )
 
     def __post_init__(self):

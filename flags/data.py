@@ -20,22 +20,13 @@ class ReadingArguments(CheckedArguments):
         "Processes that read and decode, for each training process; what is seen does not depend on it.",
         at_least=0,
         affects_result=False,
-        heading="machine",
+        under="machine",
     )
     max_bad_image_fraction: float = option(
-        0.01,
-        "Stop when more than this part of the images cannot be decoded.",
-        at_least=0,
-        at_most=1,
-        affects_result=False,
+        0.01, "Stop when a larger part of the images cannot be decoded.", at_least=0, at_most=1, affects_result=False
     )
     horizontal_flip: float = option(
-        0.5,
-        "Probability of a flip; 0 for digits and letters.",
-        at_least=0,
-        at_most=1,
-        affects_result=True,
-        heading="augmentation",
+        0.5, "Probability of a flip; 0 for letters.", at_least=0, at_most=1, affects_result=True, under="augmentation"
     )
 
 
@@ -59,7 +50,7 @@ class DataArguments(ReadingArguments):
     )
     train_dir: str | None = option(
         None,
-        "A folder of images, in class folders if they have labels, or of IDX files.",
+        "A folder of images, in class folders if labelled, or of IDX files.",
         names_data="place",
         affects_result="images",
     )
@@ -70,10 +61,7 @@ class DataArguments(ReadingArguments):
         None, "Parquet or WebDataset files to validate on.", names_data="detail", affects_result=False
     )
     data_files: list[str] | None = option(
-        None,
-        "Parquet or WebDataset (.tar) files: paths, globs or URLs.",
-        names_data="place",
-        affects_result="images",
+        None, "Parquet or WebDataset (.tar) files: paths, globs or URLs.", names_data="place", affects_result="images"
     )
     train_split: str = option("train", "The split to train on.", names_data="detail", affects_result="images")
     validation_split: str | None = option(
@@ -84,9 +72,7 @@ class DataArguments(ReadingArguments):
         affects_result=False,
     )
     streaming: bool = option(
-        False,
-        "Read parquet or tar files where they lie, instead of converting them on disk first.",
-        affects_result="images",
+        False, "Read parquet or tar files where they lie, without converting them first.", affects_result="images"
     )
     image_column_name: str | None = option(
         None,
@@ -115,12 +101,7 @@ class DataArguments(ReadingArguments):
         None, "Pre-training: images per epoch.", unset="all", at_least=1, affects_result="images_per_epoch"
     )
     min_crop_scale: float = option(
-        0.2,
-        "The smallest random crop, as a part of the image's area.",
-        above=0,
-        at_most=1,
-        affects_result=True,
-        heading="augmentation",
+        0.2, "Smallest crop, as a part of the area.", above=0, at_most=1, affects_result=True, under="augmentation"
     )
 
     def __post_init__(self):

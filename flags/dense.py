@@ -81,10 +81,7 @@ class DetectionDataArguments(ReadingArguments):
     """Images with COCO's annotations; see `data.sources.coco.CocoSource`."""
 
     train_annotation_file: str | None = option(
-        None,
-        "JSON in the format of COCO's instances_train2017.json.",
-        names_data="place",
-        affects_result="images",
+        None, "JSON in the format of COCO's instances_train2017.json.", names_data="place", affects_result="images"
     )
     train_image_dir: str | None = option(
         None, "The folder that the file names in it start from.", names_data="detail", affects_result="images"
@@ -115,22 +112,16 @@ class DenseArguments(DownstreamArguments):
         1e-4, "Peak of the learning rate, whatever the batch is.", above=0, affects_result="schedule"
     )
     warmup_steps: int = option(
-        1500,
-        "Optimiser steps of the linear warm-up from warmup_learning_rate.",
-        at_least=0,
-        affects_result="schedule",
+        1500, "Optimiser steps of the linear warm-up from warmup_learning_rate.", at_least=0, affects_result="schedule"
     )
     min_scale: float = option(
         0.5,
         "Training images are resized by a random factor, on top of short_side or image_size: the smallest.",
         affects_result=True,
-        heading="augmentation",
+        under="augmentation",
     )
     max_scale: float = option(
-        2.0,
-        "Training images are resized by a random factor: the largest.",
-        affects_result=True,
-        heading="augmentation",
+        2.0, "Training images are resized by a random factor: the largest.", affects_result=True, under="augmentation"
     )
 
     def __post_init__(self):
@@ -153,7 +144,7 @@ class SegmentationArguments(DenseArguments):
         "After the warm-up the learning rate falls to 0 by this power of what is left.",
         above=0,
         affects_result="schedule",
-        heading="optimisation",
+        under="optimisation",
     )
 
     crop_size: int = option(
@@ -163,11 +154,7 @@ class SegmentationArguments(DenseArguments):
         affects_result=True,
     )
     short_side: int | None = option(
-        None,
-        "Images are resized in proportion, to this short side.",
-        unset="crop_size",
-        at_least=1,
-        affects_result=True,
+        None, "Images are resized to this short side.", unset="crop_size", at_least=1, affects_result=True
     )
     long_side_limit: int = option(2048, "No image is resized to a longer long side.", at_least=1, affects_result=True)
     photometric_distortion: bool = option(
@@ -179,12 +166,12 @@ class SegmentationArguments(DenseArguments):
         unset="2/3 of crop_size",
         at_least=1,
         affects_result=False,
-        heading="evaluation",
+        under="evaluation",
     )
 
-    upernet_channels: int = option(768, "Width of UperNet's head.", at_least=1, affects_result=True, heading="model")
+    upernet_channels: int = option(768, "Width of UperNet's head.", at_least=1, affects_result=True, under="model")
     auxiliary_channels: int = option(
-        256, "Width of the auxiliary head.", at_least=1, affects_result=True, heading="model"
+        256, "Width of the auxiliary head.", at_least=1, affects_result=True, under="model"
     )
 
     def __post_init__(self):
@@ -219,10 +206,10 @@ class DetectionArguments(DenseArguments):
         None,
         "Steps from which on the learning rate is multiplied by lr_gamma.",
         affects_result="schedule",
-        heading="optimisation",
+        under="optimisation",
     )
     lr_gamma: float = option(
-        0.1, "The factor at lr_milestones.", above=0, affects_result="schedule", heading="optimisation"
+        0.1, "The factor at lr_milestones.", above=0, affects_result="schedule", under="optimisation"
     )
 
     min_scale: float = changed(DenseArguments, "min_scale", default=0.1)
@@ -236,7 +223,7 @@ class DetectionArguments(DenseArguments):
         "Anchors of an image that the losses of the proposal network see.",
         at_least=1,
         affects_result=True,
-        heading="optimisation",
+        under="optimisation",
     )
     rpn_post_nms_top_n: int = option(
         1000,
@@ -245,19 +232,10 @@ class DetectionArguments(DenseArguments):
         affects_result=True,
     )
     box_batch_size_per_image: int = option(
-        512,
-        "Proposals of an image that the losses of the heads see.",
-        at_least=1,
-        affects_result=True,
-        heading="optimisation",
+        512, "Proposals of an image that the heads' losses see.", at_least=1, affects_result=True, under="optimisation"
     )
     score_threshold: float = option(
-        0.05,
-        "Detections below this score are left out.",
-        at_least=0,
-        below=1,
-        affects_result=False,
-        heading="evaluation",
+        0.05, "Detections below it are left out.", at_least=0, below=1, affects_result=False, under="evaluation"
     )
 
     def __post_init__(self):

@@ -14,17 +14,13 @@ class DownstreamArguments(RunArguments):
         False,
         "Take only the architecture of --model_name_or_path, with random weights: the control.",
         affects_result=True,
-        heading="model",
+        under="model",
     )
     num_train_epochs: float = option(100.0, "Passes over the training images.", above=0, affects_result="schedule")
     evaluation_epochs: float = changed(RunArguments, "evaluation_epochs", default=1.0)
     per_device_train_batch_size: int = changed(RunArguments, "per_device_train_batch_size", affects_result=True)
     layer_decay: float = option(
-        0.75,
-        "Fine-tuning: the learning rate of each block, over that of the next.",
-        above=0,
-        at_most=1,
-        affects_result=True,
+        0.75, "Fine-tuning: learning rate of a block, over that of the next.", above=0, at_most=1, affects_result=True
     )
     adam_beta1: float = option(0.9, "Fine-tuning: β1 of AdamW.", affects_result=True)
     adam_beta2: float = option(0.999, "Fine-tuning: β2 of AdamW.", affects_result=True)

@@ -36,11 +36,8 @@ class ModelArguments(CheckedArguments):
         "whose backward pass is faster than that of sdpa and needs more memory.",
         unset="transformers' choice; in pre-training matmul where the CPU is made for bf16",
         affects_result=False,
-        heading="machine",
+        under="machine",
     )
     gradient_checkpointing: bool = option(
-        False,
-        "Recompute activations in the backward pass: less memory, more time.",
-        affects_result=False,
-        heading="machine",
+        False, "Recompute activations in the backward pass, to save memory.", affects_result=False, under="machine"
     )

@@ -78,4 +78,6 @@ def described_arguments(docstring: str | None) -> dict[str, str]:
 def _by_model(words: dict[str, str]) -> str:
     """What is the same for all models once; else, what is said of each."""
     different = dict.fromkeys(words.values())
-    return different.popitem()[0] if len(different) == 1 else "; ".join(f"{of}: {text}" for of, text in words.items())
+    if len(different) == 1:
+        return different.popitem()[0]
+    return "; ".join(f"{model}: {text.rstrip('.')}" for model, text in words.items())

@@ -23,7 +23,7 @@ class Flag:
     names_data: "place": it says where images are, and on the command line it replaces all that a recipe says of data.
         "detail": it says more about those images, and means nothing for others.
     unset: in words, what holds where its default is None.
-    heading: that of the flag in --help, one of `HEADINGS`, where it is not that of its class.
+    under: its heading in --help, one of `HEADINGS`, where it is not that of its class.
     """
 
     help: str
@@ -34,7 +34,7 @@ class Flag:
     below: float | None = None
     names_data: Literal["place", "detail"] | None = None
     unset: str = "none"
-    heading: str | None = None
+    under: str | None = None
 
     def check(self, name: str, value: Any) -> None:
         """Raises a RecipeError where the value, or one of several, is out of range."""
@@ -76,7 +76,7 @@ HEADINGS = (
     "augmentation",
     MASKS_AND_LOSSES,
     "optimisation",
-    "linear probe and k-NN",
+    "probe and k-NN",
     "evaluation",
     "machine",
     "run folder",
@@ -132,7 +132,7 @@ def entries(group: type) -> dict[str, Entry]:
         owner = next(base for base in reversed(group.__mro__) if each.name in get_annotations(base))
         default = flag.unset if each.default is None else in_words(default_of(each))
         off = f" --no_{each.name} turns it off." if each.default is True else ""
-        found[each.name] = Entry(each.name, flag.heading or owner.HEADING, flag.help + off, default)
+        found[each.name] = Entry(each.name, flag.under or owner.HEADING, flag.help + off, default)
     return found
 
 

@@ -21,10 +21,7 @@ class PretrainingArguments(CropArguments):
         "views", "What the batch counts in base_learning_rate's rule.", affects_result="schedule"
     )
     lr_base_batch: int = option(
-        256,
-        "The batch of base_learning_rate: 256 for MAE, 512 for SimMIM.",
-        at_least=1,
-        affects_result="schedule",
+        256, "The batch of base_learning_rate: 256 for MAE, 512 for SimMIM.", at_least=1, affects_result="schedule"
     )
     lr_scheduler_type: Literal["cosine", "multistep"] = option(
         "cosine", "After the warm-up: a half-cosine, or steps down at lr_milestone_epochs.", affects_result="schedule"
@@ -48,17 +45,14 @@ class PretrainingArguments(CropArguments):
         10, "Stop after so many steps in a row without a finite gradient.", at_least=1, affects_result=False
     )
     crop_interpolation: Literal["bicubic", "bilinear"] = option(
-        "bicubic",
-        "How the random crop is resized; SimMIM's is bilinear.",
-        affects_result=True,
-        heading="augmentation",
+        "bicubic", "How the random crop is resized; SimMIM's is bilinear.", affects_result=True, under="augmentation"
     )
     probe_samples: int = option(
         5000,
         "At most so many images to fit the linear probe on, and to test it; 0: no probe.",
         at_least=0,
         affects_result=False,
-        heading="evaluation",
+        under="evaluation",
     )
 
     def __post_init__(self):

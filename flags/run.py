@@ -89,24 +89,24 @@ class RunArguments(MachineArguments, RunFolderArguments):
         "Mean of the pixels per channel, in 0..1.",
         unset="that of the checkpoint, else ImageNet's for 3 channels, else 0.5",
         affects_result="image_mean",
-        heading="data",
+        under="data",
     )
     image_std: list[float] | None = option(
         None,
         "Standard deviation of the pixels per channel, in 0..1.",
         unset="that of the checkpoint, else ImageNet's for 3 channels, else 0.5",
         affects_result="image_std",
-        heading="data",
+        under="data",
     )
     evaluation_steps: int | None = option(
         None,
         "Evaluate every so many steps; wins over evaluation_epochs.",
         at_least=1,
         affects_result=False,
-        heading="evaluation",
+        under="evaluation",
     )
     evaluation_epochs: float = option(
-        10.0, "Evaluate every so many epochs.", above=0, affects_result=False, heading="evaluation"
+        10.0, "Evaluate every so many epochs.", above=0, affects_result=False, under="evaluation"
     )
 
 

@@ -11,19 +11,13 @@ from mimae.flags.dense import (
     SegmentationArguments,
     SegmentationDataArguments,
 )
-from mimae.flags.hub import HubArguments
-from mimae.flags.model import ModelArguments
 from mimae.flags.option import RecipeError
 from mimae.flags.recipes import parse_arguments
-
-SEGMENTATION = (ModelArguments, SegmentationDataArguments, SegmentationArguments, HubArguments)
-DETECTION = (ModelArguments, DetectionDataArguments, DetectionArguments, HubArguments)
+from mimae.flags.scripts import DETECTION, SEGMENTATION
 
 
 def parse(argv: list[str], groups: tuple[type, ...], recipe: Path):
-    data = groups[1]
-    keys = {"places": data.PLACES, "data_keys": data.DATA_KEYS}
-    return parse_arguments(argv, groups, CONFIG_CLASSES, default_recipe=recipe, description="", **keys)
+    return parse_arguments(argv, groups, CONFIG_CLASSES, default_recipe=recipe, description="")
 
 
 def write(path: Path, text: str) -> Path:
