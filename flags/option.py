@@ -1,5 +1,6 @@
 """How a flag is written down: one field that says all there is to say of it."""
 
+import operator
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from inspect import get_annotations
 from typing import Any, ClassVar, Literal, get_args, get_type_hints
@@ -9,6 +10,15 @@ from huggingface_hub.dataclasses import type_validator
 
 class RecipeError(ValueError):
     """A recipe or a flag that cannot be used; the message names the key."""
+
+
+BOUNDS = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le, "below": operator.lt}
+SHORTER_WORDS = {
+    "at least 0": "0 or more",
+    "above 0": "positive",
+    "at least 0 and at most 1": "in 0..1",
+    "at least 0 and below 1": "in 0..1, below 1",
+}
 
 
 @dataclass(frozen=True)
@@ -37,34 +47,16 @@ class Flag:
     under: str | None = None
 
     def check(self, name: str, value: Any) -> None:
-        """Raises a RecipeError where the value, or one of several, is out of range."""
-        if value is None or not (words := self.range_in_words()):
+        """Raises a RecipeError where the value, or one of several, is out of range; NaN is in none."""
+        bounds = {bound: limit for bound in BOUNDS if (limit := getattr(self, bound)) is not None}
+        if value is None or not bounds:
             return
-        if not isinstance(value, list):
-            if not self._is_in_range(value):
-                raise RecipeError(f"{name}={value} must be {words}")
-        elif not value or not all(map(self._is_in_range, value)):
-            raise RecipeError(f"{name}={value} must be one or more numbers, each {words}")
-
-    def range_in_words(self) -> str:
-        """What a value must be; "" where it may be any."""
-        if (self.at_least, self.above) == (None, 0) and self.at_most is self.below is None:
-            return "positive"
-        if self.at_least == 0 and (self.at_most == 1 or self.below == 1):
-            return "in 0..1" if self.at_most == 1 else "in 0..1, below 1"
-        if self.at_least == 0 and self.at_most is self.below is None:
-            return "0 or more"
-        bounds = {"at least": self.at_least, "above": self.above, "at most": self.at_most, "below": self.below}
-        return " and ".join(f"{words} {bound}" for words, bound in bounds.items() if bound is not None)
-
-    def _is_in_range(self, value: float) -> bool:
-        """NaN never is."""
-        return (
-            (self.at_least is None or value >= self.at_least)
-            and (self.above is None or value > self.above)
-            and (self.at_most is None or value <= self.at_most)
-            and (self.below is None or value < self.below)
-        )
+        values = value if isinstance(value, list) else [value]
+        if not values or not all(BOUNDS[bound](each, limit) for each in values for bound, limit in bounds.items()):
+            spelt_out = " and ".join(f"{bound.replace('_', ' ')} {limit}" for bound, limit in bounds.items())
+            words = SHORTER_WORDS.get(spelt_out, spelt_out)
+            each = "one or more numbers, each " if isinstance(value, list) else ""
+            raise RecipeError(f"{name}={value} must be {each}{words}")
 
 
 # of --help, in its order; those of what only some models have follow
