@@ -33,9 +33,10 @@ from mimae.families.registry import CONFIG_CLASSES, family_named
 from mimae.families.warm_start import compare_with_checkpoint, pretraining_model
 from mimae.flags.data import DataArguments
 from mimae.flags.model import ModelArguments
+from mimae.flags.model_fields import config_fields
 from mimae.flags.option import compared_values
 from mimae.flags.pretraining import PretrainingArguments
-from mimae.flags.recipes import config_fields, flag_value, parse_arguments
+from mimae.flags.recipes import flag_value, parse_arguments
 from mimae.flags.scripts import PRETRAINING
 from mimae.jobs.monitors import Evaluation, Probe, ReconstructionMonitor, probe_indices, split_indices
 from mimae.jobs.publishing import claim_repository, publish

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ..flags.model_fields import config_fields
 from ..flags.option import RecipeError
-from ..flags.recipes import config_fields
 
 # what a backbone has beside its sizes, as every encoder
 BACKBONE_FIELDS = (

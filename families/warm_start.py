@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from transformers import AutoImageProcessor, PreTrainedConfig, PreTrainedModel
 
 from ..data.words import some
-from ..flags.recipes import config_fields
+from ..flags.model_fields import config_fields
 from .family import FAMILIES, Family
 
 logger = logging.getLogger(__name__)

@@ -10,7 +10,6 @@ from typing import Any
 import yaml
 from transformers import PreTrainedConfig
 
-from .model_fields import config_fields as config_fields
 from .model_fields import model_fields
 from .option import RecipeError, flags_of
 from .parser import FlagParser

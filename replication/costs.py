@@ -10,7 +10,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from mimae.families.registry import family_named
-from mimae.flags.recipes import config_fields, read_recipe
+from mimae.flags.model_fields import config_fields
+from mimae.flags.recipes import read_recipe
 
 from .frozen import PROBE_IMAGES
 from .plan import ALL, CORRUPTED, FEW, FROZEN, PRETRAIN, Group, Run, Scale, tasks
