@@ -15,8 +15,8 @@ B images, N masks, L units, V visible patches per mask, D width, P = unit_size²
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, Self
 
 import torch
 from torch import nn
@@ -69,6 +69,39 @@ class MaskedOutput(ModelOutput):
     attentions: tuple[torch.Tensor, ...] | None = None
 
 
+class LossTerm(NamedTuple):
+    """What a loss term is called by logs, cards and curves.
+
+    symbol: in the paper.
+    source: its equation there.
+    meaning: in words, the title of its curve; "" = it has none.
+    """
+
+    symbol: str
+    source: str
+    meaning: str
+
+
+def logged() -> Any:
+    """A field of a model's output: a scalar that is logged as its mean over steps and processes."""
+    return field(default=None, metadata={"is_logged": True})
+
+
+def loss_term(symbol: str, source: str, meaning: str = "") -> Any:
+    """A field of a model's output: a loss term that is logged, drawn and shown by these words; see `LossTerm`."""
+    return field(default=None, metadata={"is_logged": True, "loss_term": LossTerm(symbol, source, meaning)})
+
+
+def scalars_of(output_class: type[ModelOutput]) -> tuple[str, ...]:
+    """The fields of an output that are logged, in their order, which checkpoints of a training rely on."""
+    return tuple(each.name for each in fields(output_class) if "is_logged" in each.metadata)
+
+
+def loss_terms_of(output_class: type[ModelOutput]) -> dict[str, LossTerm]:
+    """The loss terms of an output by their fields, in their order."""
+    return {each.name: each.metadata["loss_term"] for each in fields(output_class) if "loss_term" in each.metadata}
+
+
 @dataclass
 class MIMForPreTrainingOutput(ModelOutput):
     """Every loss term by name, unweighted but for the first two.
@@ -83,20 +116,20 @@ class MIMForPreTrainingOutput(ModelOutput):
     hidden_states, attentions: of the encoder, over B·N.
     """
 
-    loss: torch.Tensor = ALWAYS_SET
-    objective: torch.Tensor = ALWAYS_SET
-    reconstruction_loss: torch.Tensor = ALWAYS_SET
-    mi_max_loss: torch.Tensor = ALWAYS_SET
-    mi_min_loss: torch.Tensor = ALWAYS_SET
-    approximation_loss: torch.Tensor = ALWAYS_SET
-    mi_active: torch.Tensor = ALWAYS_SET
+    loss: torch.Tensor = logged()
+    objective: torch.Tensor = loss_term("objective", "Eq. 11")
+    reconstruction_loss: torch.Tensor = loss_term("L_rec", "Eq. 1", "Reconstruction")
+    mi_max_loss: torch.Tensor = loss_term("L_max", "Eq. 7, InfoNCE", "Agreement between views (InfoNCE)")
+    mi_min_loss: torch.Tensor = loss_term("L_min", "Eq. 10, CLUB bound", "Independence of views (CLUB)")
+    approximation_loss: torch.Tensor = loss_term("L_approx", "Eq. 9", "Fit of the approximator")
+    mi_active: torch.Tensor = logged()
     logits: torch.Tensor | None = None
     mask: torch.Tensor = ALWAYS_SET
     ids_restore: torch.Tensor = ALWAYS_SET
     latent_vector: torch.Tensor = ALWAYS_SET
-    latent_norm: torch.Tensor = ALWAYS_SET
-    min_variance: torch.Tensor = ALWAYS_SET
-    dead_variance_fraction: torch.Tensor = ALWAYS_SET
+    latent_norm: torch.Tensor = logged()
+    min_variance: torch.Tensor = logged()
+    dead_variance_fraction: torch.Tensor = logged()
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
 
@@ -302,6 +335,7 @@ class MIMForPreTrainingMixin(_StockModel):
     """
 
     base_model: MIMEncoderMixin
+    output_class: ClassVar[type[MIMForPreTrainingOutput]] = MIMForPreTrainingOutput  # a further term is a field of it
 
     def decode(self, views: MaskedOutput, image_size: Sequence[int]) -> torch.Tensor:
         """Logits (B, N, L, P) of images of this (height, width)."""
@@ -310,6 +344,16 @@ class MIMForPreTrainingMixin(_StockModel):
     def pixel_error(self, difference: torch.Tensor) -> torch.Tensor:
         """That of each pixel in Eq. 1."""
         raise NotImplementedError
+
+    @property
+    def scalars(self) -> tuple[str, ...]:
+        """What the output holds that is logged."""
+        return scalars_of(self.output_class)
+
+    @property
+    def loss_terms(self) -> dict[str, LossTerm]:
+        """The loss terms of the output, with their words."""
+        return loss_terms_of(self.output_class)
 
     def build_information_parts(self, in_features: int) -> None:
         """V, whose input has this width, and the gate."""

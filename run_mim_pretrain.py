@@ -148,9 +148,13 @@ def main(argv: Sequence[str] | None = None, observer: TrainingObserver | None = 
         accelerator.end_training()
     if accelerator.is_main_process:
         save_model(output_dir)
-        summary = summarize(data_args, args, config, trainer, steps_per_epoch, time.perf_counter() - started)
-        values = {**vars(model_args), **vars(data_args), **vars(args), **vars(hub_args), **model_fields}
-        print(write_results(output_dir, recipe=values, summary=summary, picture=evaluation.newest_picture))
+        seconds = time.perf_counter() - started
+        facts = {
+            **facts_of(model_args, data_args, args, config, trainer, steps_per_epoch, seconds),
+            "recipe": {**vars(model_args), **vars(data_args), **vars(args), **vars(hub_args), **model_fields},
+        }
+        picture = evaluation.newest_picture
+        print(write_results(output_dir, facts=facts, loss_terms=model.loss_terms, picture=picture))
         return publish(output_dir, repo_id, hub_args.hub_private_repo)
     return 0
 
@@ -314,7 +318,8 @@ def run_settings(
     return json.loads(json.dumps(settings))
 
 
-def summarize(
+def facts_of(
+    model_args: ModelArguments,
     data_args: DataArguments,
     args: PretrainingArguments,
     config: PreTrainedConfig,
@@ -324,14 +329,18 @@ def summarize(
 ) -> dict[str, Any]:
     """Facts of a finished run, for the card and the terminal."""
     return {
+        "task": "pretraining",
         "model_type": config.model_type,
+        "model": model_args.model_name_or_path or model_args.preset or "a model of the recipe's sizes",
         "dataset": data_args.dataset_name
         or ("local images" if data_args.train_dir or data_args.data_files else "digits"),
         "num_images": trainer.loader.num_samples,
         "steps": trainer.progress.step,
         "epochs": trainer.progress.step / steps_per_epoch,
-        "world_size": trainer.accelerator.num_processes,
-        "device": device_name(trainer.accelerator.device),
+        "hardware": {
+            "device": device_name(trainer.accelerator.device),
+            "processes": trainer.accelerator.num_processes,
+        },
         "seconds": seconds,
         "gate_opened_at_step": trainer.meter.gate_opened_at,
         "gate_threshold": config.mi_gate_threshold,

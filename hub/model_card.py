@@ -14,6 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from ..families.family import CardWords, StockModel
 from ..families.registry import family_named
+from ..modeling_mim import MIMForPreTrainingOutput, loss_terms_of
 from .privacy import public
 
 TEMPLATES = Environment(
@@ -28,13 +29,7 @@ WITHHELD = "on the machine of the run, not named here"
 NO_REPOSITORY_YET = "REPOSITORY_OR_FOLDER_OF_THIS_CARD"
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
-LOSS_NAMES = {
-    "objective": "objective (Eq. 11)",
-    "reconstruction_loss": CardWords.reconstruction,
-    "mi_max_loss": "L_max (Eq. 7, InfoNCE)",
-    "mi_min_loss": "L_min (Eq. 10, CLUB bound)",
-    "approximation_loss": "L_approx (Eq. 9)",
-}
+LOSS_NAMES = {name: f"{term.symbol} ({term.source})" for name, term in loss_terms_of(MIMForPreTrainingOutput).items()}
 PROBE_NAMES = {"knn_accuracy": "k nearest neighbours", "linear_accuracy": "logistic regression"}
 FACT_NAMES = {
     "model_type": "Model",

@@ -1,4 +1,4 @@
-"""What a finished run leaves for people: curves, the picture, the model card, and a few lines on the terminal."""
+"""What a finished run leaves for people: `results.json`, curves, a picture, the card, and a few lines in words."""
 
 import platform
 import shutil
@@ -11,13 +11,14 @@ from typing import Any
 import torch
 
 from ..hub.model_card import write_model_card
-from ..pictures.curves import save_curves
+from ..modeling_mim import LossTerm
+from ..pictures.curves import pretraining_panels, save_curves
 from ..training.checkpoints.files import write_json
 from ..training.jsonl import read_jsonl
+from ..training.metrics import METRICS_FILE
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS_FILE = "results.json"
-LOSSES = ("reconstruction_loss", "mi_max_loss", "mi_min_loss", "approximation_loss", "objective")
 PROBES = ("knn_accuracy", "linear_accuracy")
 PACKAGES = ("torch", "torchvision", "transformers", "accelerate", "datasets")
 
@@ -51,42 +52,43 @@ def _git(root: Path, *command: str) -> subprocess.CompletedProcess[str]:
 
 
 def write_record(output_dir: Path, results: Mapping[str, Any]) -> dict[str, Any]:
-    """Writes a downstream run's results to `results.json`, with the code that they are of, and returns both."""
+    """Writes a run's results to `results.json`, with the code that they are of, and returns both."""
     record = {**results, "commit": source_commit(), "versions": package_versions()}
     write_json(output_dir / RESULTS_FILE, record)
     return record
 
 
-def write_results(output_dir: Path, *, recipe: dict[str, Any], summary: dict[str, Any], picture: Path | None) -> str:
-    """Writes `curves.png`, `reconstructions.png` and the card `README.md` from `metrics.jsonl`.
+def write_results(
+    output_dir: Path, *, facts: Mapping[str, Any], loss_terms: Mapping[str, LossTerm], picture: Path | None
+) -> str:
+    """Writes `results.json`, `curves.png`, `reconstructions.png` and the card `README.md` of a pre-training.
 
     Args:
-        recipe: every flag's value.
-        summary: facts of the run; losses and probes are added here, from the file.
+        facts: `task`, `seed`, `recipe` (every flag's value), `hardware`, and what else is to be recorded; losses and
+            probes are added here, from `metrics.jsonl`.
+        loss_terms: of the model.
         picture: the newest reconstructions.
 
     Returns:
-        The summary in words.
+        The results in words.
     """
-    lines = read_jsonl(output_dir / "metrics.jsonl")
+    lines = read_jsonl(output_dir / METRICS_FILE)
     probes = {line["step"]: {name: line[name] for name in PROBES} for line in lines if PROBES[0] in line}
-    summary = {
-        **summary,
-        "final": {name: value for name in LOSSES if (value := _last(lines, name)) is not None},
-        "probe_before": probes.get(0),
-        "probe_after": probes[max(probes)] if probes else None,
-        "commit": source_commit(),
-        "versions": package_versions(),
-    }
+    final = {name: value for name in loss_terms if (value := _last(lines, name)) is not None}
+    after = probes[max(probes)] if probes else None
+    results = {**facts, "metrics": {**final, **(after or {})}, "probe_before": probes.get(0)}
+    hardware = {"device": facts["hardware"]["device"], "world_size": facts["hardware"]["processes"]}
+    summary = {**write_record(output_dir, results), **hardware, "final": final, "probe_after": after}
     save_curves(
-        output_dir / "metrics.jsonl",
+        output_dir / METRICS_FILE,
         output_dir / "curves.png",
+        panels=pretraining_panels(loss_terms),
         gate_threshold=summary["gate_threshold"] if summary["information_terms"] else None,
     )
     if picture is not None:
         shutil.copyfile(picture, output_dir / "reconstructions.png")
     pictures = [name for name in ("reconstructions.png", "curves.png") if (output_dir / name).exists()]
-    write_model_card(output_dir, summary=summary, recipe=recipe, pictures=pictures)
+    write_model_card(output_dir, summary=summary, recipe=summary["recipe"], pictures=pictures)
     return describe(summary, output_dir)
 
 
@@ -107,7 +109,7 @@ def describe(summary: dict[str, Any], output_dir: Path) -> str:
             rows.append(f"{name:15} {before:.1%} at the start -> {after:.1%} ({100 * (after - before):+.1f} points)")
     rows += [
         f"model     {output_dir} (README.md, config.json, model.safetensors, preprocessor_config.json)",
-        f"look at   {output_dir}/reconstructions.png, {output_dir}/curves.png",
+        f"look at   {output_dir}/reconstructions.png, {output_dir}/curves.png, {output_dir}/{RESULTS_FILE}",
     ]
     return framed(rows)
 

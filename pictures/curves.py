@@ -3,11 +3,14 @@
 import logging
 import math
 import os
+import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ..modeling_mim import LossTerm, MIMForPreTrainingOutput, loss_terms_of
 from ..training.jsonl import read_jsonl
 from .classes import save_figure
 
@@ -15,14 +18,24 @@ logger = logging.getLogger(__name__)
 
 # Title of a panel, and the metrics it draws with their names in its legend.
 Panels = tuple[tuple[str, dict[str, str]], ...]
-PRETRAINING_PANELS: Panels = (
-    ("Reconstruction, $L_\\mathrm{rec}$", {"reconstruction_loss": ""}),
-    ("Agreement between views (InfoNCE), $L_\\mathrm{max}$", {"mi_max_loss": ""}),
-    ("Independence of views (CLUB), $L_\\mathrm{min}$", {"mi_min_loss": ""}),
-    ("Fit of the approximator, $L_\\mathrm{approx}$", {"approximation_loss": ""}),
-    ("Learning rate", {"learning_rate": ""}),
-    ("Accuracy on frozen features", {"knn_accuracy": "k-NN", "linear_accuracy": "linear"}),
-)
+
+
+def pretraining_panels(loss_terms: Mapping[str, LossTerm]) -> Panels:
+    """A panel for each loss term that has a meaning, then the learning rate and the probes."""
+    terms = [(name, term) for name, term in loss_terms.items() if term.meaning]
+    return (
+        *((f"{term.meaning}, {_in_mathematics(term.symbol)}", {name: ""}) for name, term in terms),
+        ("Learning rate", {"learning_rate": ""}),
+        ("Accuracy on frozen features", {"knn_accuracy": "k-NN", "linear_accuracy": "linear"}),
+    )
+
+
+def _in_mathematics(symbol: str) -> str:
+    """L_max with its index lowered."""
+    return "$" + re.sub("_(.+)", r"_\\mathrm{\1}", symbol) + "$"
+
+
+PRETRAINING_PANELS = pretraining_panels(loss_terms_of(MIMForPreTrainingOutput))
 CLASSIFICATION_PANELS: Panels = (
     ("Loss, of training with its mixing and smoothing", {"loss": "training", "eval_loss": "held out"}),
     ("Accuracy on held-out images", {"eval_accuracy": "top 1", "eval_top5_accuracy": "top 5"}),

@@ -36,7 +36,7 @@ def opening(folder: Path, *ranks: int) -> list[str]:
 def write_into_a_folder(folder: Path):
     """Metrics, into a file that is none."""
     (folder / "metrics.jsonl").mkdir(exist_ok=True)
-    TrackedMetrics(folder, Accelerator(cpu=True), total_steps=1).write(1, {"loss": 1.0})
+    TrackedMetrics(folder, Accelerator(cpu=True), loss_terms={}, total_steps=1).write(1, {"loss": 1.0})
 
 
 CASES = {

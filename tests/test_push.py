@@ -191,9 +191,9 @@ def test_a_push_takes_what_is_listed_and_nothing_else(client, hub, run):
         "error": None,
     }
     pushed = hub.files("someone/listed")
-    documents = {"README.md", "metrics.jsonl", "curves.png", "reconstructions.png"}
+    documents = {"README.md", "metrics.jsonl", "results.json", "curves.png", "reconstructions.png"}
     assert pushed.keys() == MODEL | CODE | documents | {".gitattributes"}
-    for name in pushed.keys() - {".gitattributes", "README.md"}:
+    for name in pushed.keys() - {".gitattributes", "README.md", "results.json"}:
         assert pushed[name] == (run / name).read_bytes(), name
     assert {"checkpoint-4", "tensorboard", "notes.txt", "train.py", "optimizer.pt", "holiday.png"} <= {
         path.name for path in run.iterdir()

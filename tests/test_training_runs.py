@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import signal
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from runs import TINY_SWIN_MODEL, SignalAfter, flags, launch, metrics, pretrain,
 from transformers import BertConfig
 
 from mimae import MIMAEForPreTraining
+from mimae.hub.push import files_to_push
 from mimae.jobs.run_folder import OutputDirNotEmptyError, claim_output_dir, clear_output_dir
 from mimae.training.bad_images import TooManyBadImagesError
 from mimae.training.checkpoints.files import CheckpointError
@@ -49,6 +51,29 @@ def test_a_run_leaves_model_card_curves_pictures_and_metrics(short_run):
         assert Image.open(short_run / name).size > (100, 100)
     assert MIMAEForPreTraining.from_pretrained(short_run).config.num_masks == 4
     assert str(short_run) not in (short_run / "README.md").read_text()
+
+
+def test_a_run_leaves_its_results_with_recipe_seed_versions_and_hardware(short_run):
+    results = json.loads((short_run / "results.json").read_text())
+    assert (results["task"], results["dataset"], results["seed"]) == ("pretraining", "digits", 0)
+    assert (results["steps"], results["skipped_steps"], results["gate_opened_at_step"]) == (13, 0, None)
+    assert results["hardware"]["processes"] == 1
+    assert results["recipe"]["hidden_size"] == 32
+    assert results["recipe"]["max_train_steps"] == 13
+    assert results["versions"]["torch"] == version("torch")
+    assert "commit" in results
+    for name in ("objective", "reconstruction_loss", "mi_max_loss", "mi_min_loss", "approximation_loss"):
+        assert results["metrics"][name] == series(short_run, name)[13]
+    for name in ("knn_accuracy", "linear_accuracy"):
+        assert results["metrics"][name] == series(short_run, name)[13]
+        assert results["probe_before"][name] == series(short_run, name)[0]
+
+
+def test_what_is_uploaded_of_the_results_names_no_place_of_this_machine(short_run):
+    assert str(short_run) in (short_run / "results.json").read_text()
+    uploaded = json.loads(files_to_push(short_run, "someone/model")["results.json"])
+    assert str(short_run.parent) not in json.dumps(uploaded)
+    assert uploaded["metrics"] == json.loads((short_run / "results.json").read_text())["metrics"]
 
 
 def test_every_loss_term_speed_and_gate_are_logged_at_each_step(short_run):

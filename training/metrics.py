@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
+from ..modeling_mim import LossTerm
 from .jsonl import append_jsonl, keep_jsonl, read_jsonl
 from .processes import on_main_process
 
@@ -16,29 +17,19 @@ logger = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
 
-# fields of a model's output that are scalars; every model of this project has them
-OUTPUT_SCALARS = (
-    "loss",
-    "objective",
-    "reconstruction_loss",
-    "mi_max_loss",
-    "mi_min_loss",
-    "approximation_loss",
-    "mi_active",
-    "latent_norm",
-    "min_variance",
-    "dead_variance_fraction",
-)
-
 
 class StepMeter:
     """What happened since the last log, and what must be known of the whole run, kept on the device.
 
     Nothing here waits for the device until `read` or `state`.
+
+    Args:
+        names: of a model's scalars, "mi_active", its gate, among them.
     """
 
-    def __init__(self, device: torch.device):
-        self._sums = torch.zeros(len(OUTPUT_SCALARS) + 1, device=device)
+    def __init__(self, names: tuple[str, ...], device: torch.device):
+        self._names = (*names, "grad_norm")
+        self._sums = torch.zeros(len(self._names), device=device)
         self._steps = torch.zeros((), device=device)
         self._skipped = torch.zeros((), dtype=torch.int64, device=device)
         self._in_a_row = torch.zeros((), dtype=torch.int64, device=device)
@@ -46,7 +37,7 @@ class StepMeter:
         self._gate_opened_at = torch.full((), -1, dtype=torch.int64, device=device)
 
     def update(self, step: int, scalars: torch.Tensor, grad_norm: torch.Tensor, is_finite: torch.Tensor) -> None:
-        """One optimiser step: scalars in `OUTPUT_SCALARS`' order; a step that was skipped stays out of the means."""
+        """One optimiser step: scalars in the order of their names; a step that was skipped stays out of the means."""
         values = torch.cat([scalars, grad_norm.view(1)])
         self._sums += torch.where(is_finite, values, 0.0).nan_to_num()
         self._steps += is_finite
@@ -54,7 +45,7 @@ class StepMeter:
         self._skipped += skipped
         self._in_a_row = (self._in_a_row + skipped) * skipped
         self._longest = torch.maximum(self._longest, self._in_a_row)
-        opens_now = (self._gate_opened_at < 0) & (scalars[OUTPUT_SCALARS.index("mi_active")] > 0)
+        opens_now = (self._gate_opened_at < 0) & (scalars[self._names.index("mi_active")] > 0)
         self._gate_opened_at = torch.where(opens_now, step, self._gate_opened_at)
 
     def read(self, accelerator: Accelerator) -> dict[str, float | None]:
@@ -66,8 +57,7 @@ class StepMeter:
         steps = int(self._steps)
         self._sums.zero_()
         self._steps.zero_()
-        names = (*OUTPUT_SCALARS, "grad_norm")
-        return {name: value / steps if steps else None for name, value in zip(names, sums, strict=True)}
+        return {name: value / steps if steps else None for name, value in zip(self._names, sums, strict=True)}
 
     @property
     def skipped_steps(self) -> int:
@@ -133,12 +123,16 @@ class TrackedMetrics(MetricsFile):
 
     Args:
         folder: of the run.
+        loss_terms: what the model calls its loss terms; those with a meaning are shown.
         total_steps: of the run, for the bar.
     """
 
-    def __init__(self, folder: Path, accelerator: Accelerator, *, total_steps: int):
+    def __init__(
+        self, folder: Path, accelerator: Accelerator, *, loss_terms: Mapping[str, LossTerm], total_steps: int
+    ):
         super().__init__(folder)
         self._accelerator, self._total_steps = accelerator, total_steps
+        self._symbols = {name: term.symbol.removeprefix("L_") for name, term in loss_terms.items() if term.meaning}
         self._bar = tqdm(disable=True)
 
     def begin(self, step: int) -> None:
@@ -162,13 +156,8 @@ class TrackedMetrics(MetricsFile):
 
     def show(self, step: int, metrics: dict[str, float | None]) -> None:
         """The loss terms, the speed and the gate, beside the bar or, where there is none, as a line of the log."""
-        short = {
-            "rec": metrics["reconstruction_loss"],
-            "max": metrics["mi_max_loss"],
-            "min": metrics["mi_min_loss"],
-            "approx": metrics["approximation_loss"],
-        }
-        shown = {name: "skipped" if value is None else f"{value:.3f}" for name, value in short.items()}
+        values = {symbol: metrics[name] for name, symbol in self._symbols.items()}
+        shown = {symbol: "skipped" if value is None else f"{value:.3f}" for symbol, value in values.items()}
         shown["gate"] = "open" if metrics["mi_active"] else "closed"
         shown["views/s"] = f"{metrics['views_per_second']:.0f}"
         if self._bar.disable:

@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import nn
+
+from .protocols import PretrainingModel
 
 
 class TrainingObserver:
@@ -18,10 +19,10 @@ class TrainingObserver:
     def on_forward(self, step: int, batch: dict[str, Any], output: Any) -> None:
         """After a forward and a backward pass: the loader's batch, and the model's output."""
 
-    def on_gradients(self, step: int, model: nn.Module) -> None:
+    def on_gradients(self, step: int, model: PretrainingModel) -> None:
         """All gradients of a step are there, and the weights are still the old ones."""
 
-    def on_update(self, step: int, model: nn.Module) -> None:
+    def on_update(self, step: int, model: PretrainingModel) -> None:
         """The weights are the new ones."""
 
     def on_step(self, step: int) -> None:

@@ -15,7 +15,6 @@ from typing import Any, NoReturn
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from torch import nn
 
 from ..data.batches.loaders import PretrainingLoader
 from ..data.images.transforms import Normalization
@@ -31,10 +30,11 @@ from .checkpoints.state import (
     set_random_state,
 )
 from .checkpoints.store import CheckpointStore
-from .metrics import OUTPUT_SCALARS, StepMeter, TrackedMetrics
+from .metrics import StepMeter, TrackedMetrics
 from .observer import TrainingObserver
 from .optimization import WarmupSchedule, clip_gradients, parameter_names
 from .processes import Agreement, last_line, on_main_process
+from .protocols import PretrainingModel
 from .signals import RunStopped, StopRequest, WaitEnded
 
 logger = logging.getLogger(__name__)
@@ -67,11 +67,11 @@ class Intervals:
 
 
 class Pretrainer:
-    """Trains a model whose output carries `loss` and the scalars of `OUTPUT_SCALARS`, without its logits.
+    """Trains a model for its `loss`, and logs its `scalars`.
 
     Args:
         accelerator: devices, processes, precision, trackers.
-        model: not yet prepared.
+        model: not yet prepared; what is asked of it stands in `PretrainingModel`.
         optimizer: one that takes `found_inf` (AdamW, fused).
         loader: batches of uint8 images and mask noise, as a function of (epoch, position).
         normalize: uint8 images on the device → what the model takes.
@@ -93,7 +93,7 @@ class Pretrainer:
         self,
         *,
         accelerator: Accelerator,
-        model: nn.Module,
+        model: PretrainingModel,
         optimizer: torch.optim.Optimizer,
         loader: PretrainingLoader,
         normalize: Normalization,
@@ -127,8 +127,10 @@ class Pretrainer:
 
         self.observer = observer or TrainingObserver()
         self.progress = Progress()
-        self.meter = StepMeter(accelerator.device)
-        self.metrics = TrackedMetrics(output_dir, accelerator, total_steps=schedule.total_steps)
+        self.meter = StepMeter(model.scalars, accelerator.device)
+        self.metrics = TrackedMetrics(
+            output_dir, accelerator, loss_terms=model.loss_terms, total_steps=schedule.total_steps
+        )
         self.bad_images = BadImageLog(
             output_dir / "bad_images.jsonl",
             accelerator,
@@ -188,7 +190,7 @@ class Pretrainer:
             raise
 
     def _step(self, batches: Iterator[dict[str, Any]]) -> None:
-        scalars = torch.zeros(len(OUTPUT_SCALARS), device=self.accelerator.device)
+        scalars = torch.zeros(len(self.unwrapped.scalars), device=self.accelerator.device)
         before = random_state(), [buffer.clone() for buffer in self.buffers]
         for micro_step in range(1, self.gradient_accumulation_steps + 1):
             try:
@@ -243,14 +245,14 @@ class Pretrainer:
             buffer.copy_(before)
 
     def _forward_backward(self, batch: dict[str, Any]) -> torch.Tensor:
-        """The output's scalars, detached, in `OUTPUT_SCALARS`' order."""
+        """The output's scalars, detached, in the order in which the model names them."""
         device = self.accelerator.device
         pixel_values = self.normalize(batch["pixel_values"].to(device, non_blocking=True))
         pixel_values = self.observer.on_pixels(self.progress.step + 1, pixel_values)
         output = self.model(pixel_values, noise=batch["noise"].to(device, non_blocking=True), return_logits=False)
         self.accelerator.backward(output.loss / self.gradient_accumulation_steps)
         self.observer.on_forward(self.progress.step + 1, batch, output)
-        return torch.stack([output[name].detach().float() for name in OUTPUT_SCALARS])
+        return torch.stack([output[name].detach().float() for name in self.unwrapped.scalars])
 
     def _update(self, scalars: torch.Tensor) -> None:
         """One optimiser step, or none where the gradient is not finite: decided on the device, from the reduced

@@ -21,11 +21,11 @@ from typing import Any, NamedTuple
 import datasets
 import torch
 from safetensors.torch import save_file
-from torch import nn
 
 from mimae.data.sources import remote
 from mimae.run_mim_pretrain import main
 from mimae.training.observer import TrainingObserver
+from mimae.training.protocols import PretrainingModel
 
 FILE_OPERATIONS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "shutil.rmtree"}
 
@@ -154,7 +154,7 @@ class RecordingObserver(TrainingObserver):
             reconstruction_loss=float(output.reconstruction_loss),
         )
 
-    def on_gradients(self, step: int, model: nn.Module) -> None:
+    def on_gradients(self, step: int, model: PretrainingModel) -> None:
         """Keeps them, if asked."""
         if self._gradients:
             parameters = model.named_parameters()
@@ -162,7 +162,7 @@ class RecordingObserver(TrainingObserver):
             name = f"gradient-{self._recorder.rank}-{step}.safetensors"
             save_file(gradients, self._recorder.folder / name)
 
-    def on_update(self, step: int, model: nn.Module) -> None:
+    def on_update(self, step: int, model: PretrainingModel) -> None:
         """Records the weights."""
         weights = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
         self._recorder.write(updated=step, weights=digest(weights))

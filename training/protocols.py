@@ -1,0 +1,47 @@
+"""What a `Pretrainer` asks of a model, whoever wrote it."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from ..modeling_mim import LossTerm
+
+
+class PretrainingConfig(Protocol):
+    """Of a model that is pre-trained."""
+
+    @property
+    def num_views(self) -> int:
+        """Masked views of each image in a forward pass."""
+
+
+class PretrainingModel(Protocol):
+    """A module whose output is a mapping with `loss`, for the one backward, and all that `scalars` names.
+
+    Parameters whose names begin with "approximator." have their gradient's norm clipped apart from the others'.
+    """
+
+    config: PretrainingConfig
+
+    @property
+    def scalars(self) -> tuple[str, ...]:
+        """What of the output is logged, in this order: "mi_active", the gate, the `loss_terms`, and what else."""
+
+    @property
+    def loss_terms(self) -> Mapping[str, LossTerm]:
+        """What the loss terms are called, by their names in the output."""
+
+    def no_weight_decay(self) -> Iterable[str]:
+        """Names of parameters that do not decay, besides vectors and biases."""
+
+    def forward(self, pixel_values: torch.Tensor, *, noise: torch.Tensor, return_logits: bool) -> Mapping[str, Any]:
+        """Of normalised images (B, C, H, W), whose masks are cut from `noise`; without logits where none are asked."""
+
+    # of nn.Module
+    def train(self, mode: bool = True) -> nn.Module: ...
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
+    def buffers(self) -> Iterator[torch.Tensor]: ...
+    def load_state_dict(self, state_dict: Mapping[str, torch.Tensor]) -> Any: ...
