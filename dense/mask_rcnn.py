@@ -30,12 +30,13 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.ops import MultiScaleRoIAlign
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import ModelOutput
 
 from ..configuration_mimae import MIMAEConfig
-from ..modeling_mimae_backbone import MIMAEBackbone
+from ..families.family import FAMILIES
+from ..families.registry import family_named
 from .feature_pyramid import LEVEL_NAMES, ChannelNorm, SimpleFeaturePyramid
 
 # of a level of the pyramid, relative to the patches
@@ -48,6 +49,11 @@ VITDET_BASE = {
     "use_relative_position_embeddings": True,
     "drop_path_rate": 0.1,
 }
+
+
+def backbone_classes() -> dict[type, type[PreTrainedModel]]:
+    """The encoders that a detector can stand on, by the class of their configuration."""
+    return {family.config_class: family.backbone_class for family in FAMILIES.values() if family.backbone_class}
 
 
 @strict
@@ -75,7 +81,7 @@ class MaskRCNNConfig(PreTrainedConfig):
     """
 
     model_type = "mimae_mask_rcnn"
-    sub_configs: ClassVar[dict[str, type[PreTrainedConfig]]] = {"backbone_config": MIMAEConfig}
+    sub_configs: ClassVar[dict[str, type]] = {"backbone_config": AutoConfig}
 
     if TYPE_CHECKING:  # `__post_init__` and `validate_backbone_config` see to it
         backbone_config: Any = None
@@ -101,7 +107,8 @@ class MaskRCNNConfig(PreTrainedConfig):
         if self.backbone_config is None:
             self.backbone_config = MIMAEConfig.preset("vit-base", **VITDET_BASE)
         elif isinstance(self.backbone_config, dict):
-            self.backbone_config = MIMAEConfig.from_dict(self.backbone_config)
+            family = family_named(self.backbone_config.get("model_type"))
+            self.backbone_config = family.config_class.from_dict(self.backbone_config)
         super().__post_init__(**kwargs)
 
     @property
@@ -116,8 +123,9 @@ class MaskRCNNConfig(PreTrainedConfig):
 
     def validate_backbone_config(self) -> None:
         """Part of `@strict`'s validation: the encoder suits a pyramid."""
-        if not isinstance(self.backbone_config, MIMAEConfig):
-            raise ValueError(f"backbone_config is a {type(self.backbone_config).__name__}: a MIMAEConfig is needed")
+        if type(self.backbone_config) not in backbone_classes():
+            names = " or ".join(each.__name__ for each in backbone_classes())
+            raise ValueError(f"backbone_config is a {type(self.backbone_config).__name__}: a {names} is needed")
         patch_size = self.backbone_config.patch_size
         if patch_size < 4 or patch_size.bit_count() > 1:
             raise ValueError(
@@ -215,7 +223,7 @@ class RoIAlign(MultiScaleRoIAlign):
 class MaskRCNNForInstanceSegmentation(PreTrainedModel):
     """Boxes, classes and masks of the objects in an image; its encoder is `backbone`, for layer decay."""
 
-    base_model: MIMAEBackbone
+    base_model: PreTrainedModel
     config: MaskRCNNConfig
     config_class = MaskRCNNConfig
     base_model_prefix = "backbone"
@@ -228,7 +236,7 @@ class MaskRCNNForInstanceSegmentation(PreTrainedModel):
 
     def __init__(self, config: MaskRCNNConfig):
         super().__init__(config)
-        self.backbone = MIMAEBackbone(config.backbone_config)
+        self.backbone: Any = backbone_classes()[type(config.backbone_config)](config.backbone_config)
         self.pyramid = SimpleFeaturePyramid(config.backbone_config.hidden_size, config.pyramid_channels)
         self.rpn = _proposal_network(config)
         self.roi_heads = _region_heads(config)
@@ -311,7 +319,7 @@ class MaskRCNNForInstanceSegmentation(PreTrainedModel):
 
 
 def build_mask_rcnn(
-    backbone: MIMAEBackbone, *, id2label: Mapping[int, str], **fields: Any
+    backbone: PreTrainedModel, *, id2label: Mapping[int, str], **fields: Any
 ) -> MaskRCNNForInstanceSegmentation:
     """A new Mask R-CNN on an encoder, which becomes a part of it.
 

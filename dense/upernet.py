@@ -8,10 +8,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import UperNetConfig, UperNetForSemanticSegmentation
+from transformers import PreTrainedModel, UperNetConfig, UperNetForSemanticSegmentation
 from transformers.modeling_outputs import SemanticSegmenterOutput
-
-from ..modeling_mimae_backbone import MIMAEBackbone
 
 
 class UperNet(UperNetForSemanticSegmentation):
@@ -21,7 +19,7 @@ class UperNet(UperNetForSemanticSegmentation):
     `torch.nn.SyncBatchNorm.convert_sync_batchnorm` makes the batch statistics those of all of them.
     """
 
-    base_model: MIMAEBackbone
+    base_model: PreTrainedModel
     base_model_prefix = "backbone"
     supports_gradient_checkpointing = True
     _supports_sdpa = True
@@ -36,7 +34,7 @@ class UperNet(UperNetForSemanticSegmentation):
             labels: (B, H, W), int64, 0 … K-1 or `loss_ignore_index`.
 
         Raises:
-            ValueError: a single image in training; see also `MIMAEBackbone.forward`.
+            ValueError: a single image in training; see also the encoder's `forward`.
         """
         if self.training and len(pixel_values) < 2:
             raise ValueError(
@@ -79,7 +77,7 @@ def mean_cross_entropy(logits: torch.Tensor, labels: torch.Tensor, ignored: int)
 
 
 def build_upernet(
-    backbone: MIMAEBackbone,
+    backbone: PreTrainedModel,
     *,
     id2label: Mapping[int, str],
     channels: int = 768,
