@@ -23,6 +23,22 @@ test: install
 test-slow: install
 	$(BIN)/python -m pytest -m slow tests
 
+# The oldest versions that setup.cfg allows (each `>=` as `==`), in an environment of their own; Python 3.11 or 3.12
+FLOOR := .venv-floor
+FLOOR_TESTS := private_parts modeling backbone checkpoint_loading misimmim classification_trainer dense_trainer mask_rcnn \
+	data_sources data_decoding data_augmentation evaluation export
+
+.PHONY: test-floor
+test-floor: $(FLOOR)/.installed
+	$(FLOOR)/bin/python -m pytest -n 2 --dist worksteal -m "not slow" $(FLOOR_TESTS:%=tests/test_%.py)
+
+$(FLOOR)/.installed: setup.cfg pyproject.toml
+	$(PYTHON) -m venv $(FLOOR)
+	$(FLOOR)/bin/pip install --quiet --upgrade pip
+	sed -n '/^install_requires/,/^\[/s/^    \(.*\)>=\(.*\)/\1==\2.*/p' setup.cfg > $(FLOOR)/oldest.txt
+	$(FLOOR)/bin/pip install --quiet --constraint $(FLOOR)/oldest.txt --editable '.[test]'
+	touch $@
+
 drills: install
 	$(BIN)/python -m mimae.drills
 
@@ -48,4 +64,4 @@ format: install
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv build *.egg-info
+	rm -rf .venv .venv-floor build *.egg-info

@@ -3,8 +3,7 @@
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
-from transformers import ViTMAEConfig
-from transformers.backbone_utils import BackboneConfigMixin
+from transformers import BackboneConfigMixin, ViTMAEConfig
 
 from .configuration_mim import MIMConfigMixin
 

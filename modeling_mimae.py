@@ -34,7 +34,6 @@ from transformers.models.vit_mae.modeling_vit_mae import (
     build_2d_sinusoidal_position_embedding,
     eager_attention_forward,
 )
-from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_mimae import MIMAEConfig
@@ -301,7 +300,6 @@ class MIMAEModel(MIMEncoderMixin, MIMAEPreTrainedModel, ViTMAEModel):
         self.post_init()
         self.freeze_fixed_parameters()
 
-    @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
     def forward(
         self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = False, **kwargs: Any
@@ -324,7 +322,6 @@ class MIMAEModel(MIMEncoderMixin, MIMAEPreTrainedModel, ViTMAEModel):
             feature_map=latent[:, 1:].transpose(1, 2).unflatten(2, grid_size),
         )
 
-    @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
     def encode_views(
         self, patches: torch.Tensor, ids_visible: torch.Tensor, mask: torch.Tensor, **kwargs: Any

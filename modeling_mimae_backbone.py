@@ -12,12 +12,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import BackboneMixin
 from transformers import initialization as init
-from transformers.backbone_utils import BackboneMixin
 from transformers.modeling_outputs import BackboneOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.vit_mae.modeling_vit_mae import ViTMAEAttention, ViTMAELayer, eager_attention_forward
-from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_mimae import MIMAEConfig
@@ -251,7 +250,6 @@ class MIMAEBackbone(BackboneMixin, MIMAEPreTrainedModel):
         """Whether the class token is in the sequence: it has no place in windows."""
         return self.config.window_size is None
 
-    @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
     def forward(self, pixel_values: torch.Tensor, **kwargs: Any) -> BackboneOutput:
         """Feature maps of the stages that the configuration names.

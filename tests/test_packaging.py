@@ -206,7 +206,8 @@ def test_setup_lists_every_sub_package():
     on_disk = {
         ".".join(["mimae", *path.parent.relative_to(ROOT).parts])
         for path in ROOT.rglob("__init__.py")
-        if not {"tests", "build"} & set(path.relative_to(ROOT).parts) and ".venv" not in path.parts
+        if not {"tests", "build"} & set(path.relative_to(ROOT).parts)
+        and not any(part.startswith(".") for part in path.relative_to(ROOT).parts)
     }
     assert listed == on_disk
 

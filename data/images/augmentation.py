@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 from PIL import Image
-from timm.data.auto_augment import RandAugment, posterize, rand_augment_transform
-from timm.data.mixup import Mixup, mixup_target
+from timm.data import Mixup, RandAugment, rand_augment_transform
+from timm.data.auto_augment import posterize
+from timm.data.mixup import mixup_target
 from timm.data.random_erasing import RandomErasing
 from torchvision.transforms import v2
 
