@@ -219,13 +219,8 @@ class PatchEmbeddings(Protocol):
         """(B, C, H, W) → patches, images first."""
 
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    class _StockModel(PreTrainedModel):
-        """What the classes below are mixed into: transformers' classes of an encoder, with a configuration of ours."""
-
-        config: MIMConfigMixin
+if TYPE_CHECKING:  # what the classes below are mixed into
+    from transformers import PreTrainedModel as _StockModel
 else:
     _StockModel = object
 
@@ -233,6 +228,8 @@ else:
 class MIMPreTrainedMixin(_StockModel):
     """Loading and saving, for all classes of both models. As a base it goes before transformers' class."""
 
+    config: MIMConfigMixin
+    config_class: type[MIMConfigMixin]
     # V predicts a variance that is divided by; bfloat16 weights would not do
     _keep_in_fp32_modules_strict: Any = ("approximator",)
     # `Trainer` is told that the losses are means over a batch; else it would not average them over accumulated batches
@@ -275,7 +272,7 @@ class MIMPreTrainedMixin(_StockModel):
         super().save_pretrained(*args, **{"save_original_format": False, **kwargs})
 
 
-class MIMEncoderMixin(_StockModel):
+class MIMEncoderMixin(MIMPreTrainedMixin):
     """The two ways to see an image: whole, and as N masked views.
 
     A model brings `embeddings`, `encode_views` and `modules_by_depth`.
@@ -328,7 +325,7 @@ class MIMEncoderMixin(_StockModel):
         )
 
 
-class MIMForPreTrainingMixin(_StockModel):
+class MIMForPreTrainingMixin(MIMPreTrainedMixin):
     """The pre-training objective (Eq. 11) over encoder, decoder and the approximator V.
 
     A model brings an encoder (`base_model`), `decode` and `pixel_error`.
@@ -480,7 +477,7 @@ class MIMForPreTrainingMixin(_StockModel):
         )
 
 
-class MIMForImageClassificationMixin(_StockModel):
+class MIMForImageClassificationMixin(MIMPreTrainedMixin):
     """The encoder (`base_model`) with a linear `classifier`, for fine-tuning."""
 
     base_model: MIMEncoderMixin

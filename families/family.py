@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ..configuration_mim import MIMConfigMixin
 from ..flags.model_fields import config_fields
 from ..flags.option import RecipeError
+from ..modeling_mim import MIMEncoderMixin, MIMForImageClassificationMixin, MIMForPreTrainingMixin
 
 # what a backbone has beside its sizes, as every encoder
 BACKBONE_FIELDS = (
@@ -144,10 +146,10 @@ class Family:
     formats: what else, by names of `hub.formats`; this project's own goes without saying.
     """
 
-    config_class: type[PreTrainedConfig]
-    encoder_class: type[PreTrainedModel]
-    pretraining_class: type[PreTrainedModel]
-    classification_class: type[PreTrainedModel]
+    config_class: type[MIMConfigMixin]
+    encoder_class: type[MIMEncoderMixin]
+    pretraining_class: type[MIMForPreTrainingMixin]
+    classification_class: type[MIMForImageClassificationMixin]
     backbone_class: type[PreTrainedModel] | None = None
     words: CardWords
     default_recipe: str | Path
@@ -157,11 +159,11 @@ class Family:
     free_fields: tuple[str, ...] = ()
     dense_fields: tuple[str, ...] = ()
     geometry_fields: tuple[str, ...] = ()
-    fit_weights: Callable[[StateDict, PreTrainedConfig, PreTrainedModel], StateDict] = _as_they_are
+    fit_weights: Callable[[StateDict, Any, Any], StateDict] = _as_they_are
     head_keys: tuple[str, ...] = (r"classifier\.",)
     backbone_keys: tuple[str, ...] = ()
     poolings: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: {"mean": {}})
-    remark: Callable[[PreTrainedConfig], str | None] = lambda config: None
+    remark: Callable[[Any], str | None] = lambda config: None
     stock_config_class: type[PreTrainedConfig] | None = None
     stock_fields: Callable[[Mapping[str, Any], bool], dict[str, Any]] = lambda fields, is_classifier: {}
     stock_classes: Mapping[str, type[PreTrainedModel]] = field(default_factory=dict)
@@ -233,7 +235,7 @@ class Family:
 
     def build_config(
         self, preset: str | None, fields: Mapping[str, Any], *, is_dense: bool = False, **labels: Any
-    ) -> PreTrainedConfig:
+    ) -> MIMConfigMixin:
         """The configuration of a preset's sizes, or of the class's defaults, with these fields on top.
 
         Raises:

@@ -10,10 +10,10 @@ from transformers import (
     AutoModelForImageClassification,
     AutoModelForPreTraining,
     PreTrainedConfig,
-    PreTrainedModel,
 )
 
 from ..flags.option import RecipeError
+from ..modeling_mim import MIMPreTrainedMixin
 from . import encoders
 from .family import FAMILIES, Family
 
@@ -51,7 +51,7 @@ def family_named(model_type: str | None) -> Family:
     return FAMILIES[model_type]
 
 
-def family_of(model_class: type[PreTrainedModel]) -> Family:
+def family_of(model_class: type[MIMPreTrainedMixin]) -> Family:
     """The family that a class of models is of."""
     return FAMILIES[model_class.config_class.model_type]
 

@@ -146,7 +146,7 @@ class CheckedArguments:
 
     HEADING: ClassVar[str]  # in --help, of the flags that a class adds
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_types(self)
         for name, flag in flags_of(self).items():
             flag.check(name, getattr(self, name))
