@@ -54,7 +54,7 @@ def _model_field(name: str, owners: Sequence[type[PreTrainedConfig]]) -> ModelFi
 
 def described_fields(config_class: type[PreTrainedConfig]) -> dict[str, str]:
     """What the docstrings of a configuration and of its bases say of its fields; its own win."""
-    found = {}
+    found: dict[str, str] = {}
     for owner in reversed(config_class.__mro__):
         found |= described_arguments(vars(owner).get("__doc__"))
     return found
@@ -65,7 +65,8 @@ def described_arguments(docstring: str | None) -> dict[str, str]:
     lines = iter(inspect.cleandoc(docstring or "").splitlines())
     any(line == "Args:" for line in lines)  # moves on to what follows it
     section = itertools.takewhile(lambda line: not line or line[0].isspace(), lines)
-    names, found = [], {}
+    names: list[str] = []
+    found: dict[str, str] = {}
     for line in textwrap.dedent("\n".join(section)).splitlines():
         if entry := ENTRY.fullmatch(line):
             names = entry[1].split(", ")

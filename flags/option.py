@@ -84,7 +84,7 @@ def option(default: Any, help: str, *, affects_result: bool | str, **facts: Any)
     return field(default=default, metadata=metadata)
 
 
-def changed(group: type, name: str, **changes: Any) -> Any:
+def changed(group: Any, name: str, **changes: Any) -> Any:
     """A flag of a base class that in a subclass has another `default`, or of which something else is said."""
     inherited = group.__dataclass_fields__[name]
     default = changes.pop("default", inherited.default)
@@ -116,7 +116,7 @@ class Entry:
     default: str
 
 
-def entries(group: type) -> dict[str, Entry]:
+def entries(group: Any) -> dict[str, Entry]:
     """The flags of a dataclass by name; one that it inherits is under the heading of the base class that added it."""
     found = {}
     for each in fields(group):
@@ -128,7 +128,7 @@ def entries(group: type) -> dict[str, Entry]:
     return found
 
 
-def default_of(declared: Field) -> Any:
+def default_of(declared: Field[Any]) -> Any:
     """The default of a dataclass's field."""
     return declared.default if declared.default_factory is MISSING else declared.default_factory()
 

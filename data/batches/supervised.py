@@ -33,7 +33,7 @@ class SupervisedLoader(GuestLoader):
     dataset: Any
     batch_sampler: Any
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # torch names the class of its iterator
         yield from super().__iter__()
         self.dataset.bad_images.warn()
 

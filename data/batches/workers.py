@@ -18,7 +18,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 
-class GuestLoader(DataLoader):
+class GuestLoader(DataLoader[Any]):
     """Leaves the caller's random numbers and signal handlers alone, and takes its workers with it at the end.
 
     A worker that is killed, for memory say, is an error of the batch that is waited for. torch's handler of SIGCHLD
@@ -29,7 +29,7 @@ class GuestLoader(DataLoader):
         options: of `DataLoader`, but for `generator`, `worker_init_fn` and `multiprocessing_context`.
     """
 
-    def __init__(self, dataset: Dataset, *, num_workers: int = 0, **options: Any):
+    def __init__(self, dataset: Dataset[Any], *, num_workers: int = 0, **options: Any):
         super().__init__(
             dataset,
             num_workers=num_workers,
@@ -39,7 +39,7 @@ class GuestLoader(DataLoader):
             **options,
         )
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # torch names the class of its iterator
         with child_handler_kept() if self.num_workers else contextlib.nullcontext():
             return super().__iter__()
 
@@ -65,7 +65,7 @@ def remembering_context() -> BaseContext:
 
     It stays with the loader where accelerate makes another of it, to skip the first batches of a resumed epoch.
     """
-    context = copy.copy(multiprocessing.get_context())
+    context: Any = copy.copy(multiprocessing.get_context())
     make = context.Process
 
     def remembered(*args: Any, **options: Any) -> BaseProcess:
