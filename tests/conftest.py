@@ -11,8 +11,11 @@ from mimae.drills.apparatus.launching import Forked
 from mimae.drills.apparatus.runs import Run, end_runs
 
 sys.path.append(str(Path(__file__).parent))  # for `import references`, under --import-mode=importlib
+import drawing
+import forking
 
 torch.set_num_threads(1)
+drawing.leave_blank()
 
 
 def pytest_sessionstart():
@@ -25,9 +28,17 @@ def pytest_sessionstart():
 @pytest.fixture
 def forked_runs(monkeypatch, tmp_path):
     """Runs of drills get their processes from a server that has imported everything: seconds sooner, the same else."""
+    forking.start_server()
     monkeypatch.setattr(Run, "launch", staticmethod(Forked))
     yield
     end_runs(tmp_path)
+
+
+@pytest.fixture
+def drawn():
+    """Pictures are drawn, not left blank."""
+    with drawing.drawn():
+        yield
 
 
 @pytest.fixture(autouse=True)

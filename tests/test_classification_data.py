@@ -5,9 +5,7 @@ This file is also what each of two processes runs.
 
 import json
 import logging
-import os
 import random
-import subprocess
 import sys
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -16,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import skip_first_batches
+from forking import run_forked
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from mimae.data.batches.classification import IGNORED_LABEL, ClassificationEvaluationLoader, ClassificationLoader
@@ -443,15 +442,8 @@ def test_a_trainer_on_two_processes_counts_every_image_once_and_in_order(tmp_pat
     source = open_image_source(split="test")
     assert alone["labels"] == source.labels()[:83].tolist()
     assert len({tuple(row) for row in alone["logits"]}) > 75  # the first rows tell nearly all digits apart
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__, str(tmp_path)]
-    result = subprocess.run(
-        [sys.executable, *command],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert result.returncode == 0, result.stderr
+    result = run_forked(Path(__file__), [str(tmp_path)], num_processes=2)
+    assert result.returncode == 0, result.output
     together = json.loads((tmp_path / "seen.json").read_text())
     assert together == alone | {"world_size": 2}
 

@@ -6,13 +6,13 @@ This file is also what each of two processes runs.
 import json
 import math
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from forking import run_forked
 from references import TINY
 from safetensors.torch import load_file
 from sklearn.metrics import top_k_accuracy_score
@@ -163,14 +163,8 @@ def run_process(folder: Path) -> None:
 
 
 def test_two_processes_that_accumulate_equal_one_on_the_same_global_batch(tmp_path):
-    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    subprocess.run(
-        [*launcher, __file__, str(tmp_path)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        check=True,
-        timeout=180,
-        capture_output=True,
-    )
+    result = run_forked(Path(__file__), [str(tmp_path)], num_processes=2)
+    assert result.returncode == 0, result.output[-4000:]
     alone = train_and_evaluate(tmp_path / "alone", 0, 1, micro_batch=8)
     assert (alone["world_size"], alone["parallel"]) == (1, "Classifier")
     assert alone["metrics"]["eval_images"] == 13

@@ -7,13 +7,13 @@ import json
 import math
 import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from forking import run_forked
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainingArguments
@@ -115,10 +115,8 @@ def run_process(folder: Path) -> None:
 
 
 def test_two_processes_equal_one_in_weights_and_in_the_parts_of_the_loss(tmp_path):
-    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [*launcher, __file__, str(tmp_path)]
-    subprocess.run(command, env=environment, check=True, timeout=180, capture_output=True)
+    result = run_forked(Path(__file__), [str(tmp_path)], num_processes=2)
+    assert result.returncode == 0, result.output[-4000:]
     model = Detector()
     model.norm = nn.Identity()
     alone = trainer_of(tmp_path / "alone", 4, model=model)

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from forking import run_forked
 from loopback_hub import Account, LoopbackHub
 from PIL import Image
 from runs import ROOT, TINY_MODEL, pretrain, write_shards
@@ -254,12 +255,9 @@ def test_two_processes_do_what_one_does(task, model, request, classifier, pretra
     source = request.getfixturevalue(model)
     # dropped paths are drawn by each process for itself
     values = {"max_train_steps": 3, "per_device_train_batch_size": 64, "drop_path_rate": 0.0, "mixup": 0, "cutmix": 0}
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [sys.executable, *launcher, str(SCRIPT), *flags(task, source, tmp_path / "two", **values)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr[-4000:]
-    assert "world size 2" in result.stderr
+    result = run_forked(SCRIPT, flags(task, source, tmp_path / "two", **values), num_processes=2)
+    assert result.returncode == 0, result.output[-4000:]
+    assert "world size 2" in result.output
     two = json.loads((tmp_path / "two" / "results.json").read_text())
     assert two["hardware"]["processes"] == 2
     one = run(task, source, tmp_path / "one", **{**values, "per_device_train_batch_size": 128})
@@ -477,12 +475,9 @@ def test_without_a_recipe_the_task_chooses_it_and_other_images_get_the_plain_one
 
 
 def test_a_probe_of_two_processes_is_one_model(pretrained, tmp_path):
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     values = {"max_train_steps": 6, "per_device_train_batch_size": 64, "probe_learning_rates": [100.0]}
-    command = [sys.executable, *launcher, str(SCRIPT), *flags("linear_probe", pretrained, tmp_path / "two", **values)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr[-4000:]
+    result = run_forked(SCRIPT, flags("linear_probe", pretrained, tmp_path / "two", **values), num_processes=2)
+    assert result.returncode == 0, result.output[-4000:]
     two = json.loads((tmp_path / "two" / "results.json").read_text())
     one = run("evaluate", tmp_path / "two", tmp_path / "one")
     # each process has statistics of its own while training; what is tested must be what is saved

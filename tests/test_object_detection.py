@@ -11,13 +11,13 @@ from dense_runs import (
     copied,
     edit_annotations,
     flags,
-    launch,
     normalised,
     places,
     run,
     save_encoder,
 )
-from runs import metrics, series
+from forking import run_forked
+from runs import ROOT, metrics, series
 
 from mimae.dense.mask_rcnn import MaskRCNNForInstanceSegmentation
 from mimae.evaluation.detection import detection_metrics, detection_records, restore_detections
@@ -63,10 +63,10 @@ def test_two_processes_train_together_where_one_sees_no_object_and_count_each_im
     folder = copied(images, tmp_path / "scenes")
     edit_annotations(folder, "train", lambda content: without_objects(content, {1, 2, 3, 4}))
     values = {"per_device_train_batch_size": 1, "keep_empty_images": True, "evaluation_steps": 4}
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    result = launch("detection", flags("detection", folder, encoder, tmp_path / "run", **values), *launcher)
-    assert result.returncode == 0, result.stderr[-4000:]
-    assert "world size 2" in result.stderr
+    argv = flags("detection", folder, encoder, tmp_path / "run", **values)
+    result = run_forked(ROOT / "run_object_detection.py", argv, num_processes=2)
+    assert result.returncode == 0, result.output[-4000:]
+    assert "world size 2" in result.output
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["hardware"]["processes"] == 2
     assert results["training_images"] == 8

@@ -4,9 +4,11 @@ import atexit
 import json
 import multiprocessing
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -45,10 +47,8 @@ class Forked:
     """A process forked from a server that has imported all it needs: seconds sooner at its first step."""
 
     def __init__(self, options: dict[str, Any], argv: list[str], environment: dict[str, str], log: Path):
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["mimae.drills.apparatus.recording"])
-        self._process = context.Process(target=_run_forked, args=(options, argv, environment, log))
-        self._process.start()
+        multiprocessing.get_context("forkserver").set_forkserver_preload(["mimae.drills.apparatus.recording"])
+        self._process = fork(_record, options, argv, environment=environment, log=log)
         self.pid = self._process.pid
 
     def poll(self) -> int | None:
@@ -56,9 +56,49 @@ class Forked:
         return self._process.exitcode
 
 
-def _run_forked(options: dict[str, Any], argv: list[str], environment: dict[str, str], log: Path) -> None:
+def fork(function: Callable[..., Any], *args: Any, environment: dict[str, str], log: Path) -> BaseProcess:
+    """Starts a process, in a session of its own, forked from the server.
+
+    Args:
+        function: what it does with `args`; what it returns is the exit code, as `sys.exit` takes it.
+        environment: on top of the server's.
+        log: what it prints is appended to it.
+    """
+    process = multiprocessing.get_context("forkserver").Process(
+        target=_forked, args=(function, args, environment, log)
+    )
+    process.start()
+    return process
+
+
+def rank_environment(rank: int, num_processes: int, port: int) -> dict[str, str]:
+    """What `accelerate launch` and `torchrun` tell each process.
+
+    Args:
+        port: of this machine, where the first of several awaits the others.
+    """
+    common = {"OMP_NUM_THREADS": "1"}
+    if num_processes == 1:
+        return common
+    ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    sizes = {"WORLD_SIZE": str(num_processes), "LOCAL_WORLD_SIZE": str(num_processes)}
+    return {**common, **ranks, **sizes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+
+def free_port() -> int:
+    """One that nobody listens at."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _record(options: dict[str, Any], argv: list[str]) -> int:
     from .recording import run
 
+    return run(options, argv)
+
+
+def _forked(function: Callable[..., Any], args: tuple[Any, ...], environment: dict[str, str], log: Path) -> None:
     os.setsid()
     default = multiprocessing.get_all_start_methods()[0]
     multiprocessing.set_start_method(default, force=True)  # of workers; it was this process's own
@@ -67,6 +107,6 @@ def _run_forked(options: dict[str, Any], argv: list[str], environment: dict[str,
     os.dup2(output, 1)
     os.dup2(output, 2)
     try:
-        sys.exit(run(options, argv))
+        sys.exit(function(*args))
     finally:
         atexit._run_exitfuncs()  # multiprocessing ends its processes without

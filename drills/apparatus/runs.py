@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import threading
 import time
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from safetensors.torch import load_file
 from mimae.flags.recipes import as_argv
 from mimae.training.checkpoints.store import verify
 
-from .launching import Launch, Process, launched
+from .launching import Launch, Process, free_port, launched, rank_environment
 from .recording import DeathInSave, Impatience, Scaling
 from .records import Record
 
@@ -80,21 +79,12 @@ class Run:
         argv = ["--config", str(self.recipe), "--output_dir", str(self.output_dir), *as_argv(self.flags | flags)]
         argv += ["--resume_from_checkpoint", "latest"] if self.checkpoints() else ["--overwrite_output_dir"]
         self.started.append(time.time())
-        port = _free_port()
+        port = free_port()
         self.processes = [
-            self.launch(options, argv, self._environment(rank, port), self.folder / "log.txt")
+            self.launch(options, argv, rank_environment(rank, self.num_processes, port), self.folder / "log.txt")
             for rank in range(self.num_processes)
         ]
         _runs.add(self)
-
-    def _environment(self, rank: int, port: int) -> dict[str, str]:
-        """What `accelerate launch` and `torchrun` tell each process."""
-        common = {"OMP_NUM_THREADS": "1"}
-        if self.num_processes == 1:
-            return common
-        ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        sizes = {"WORLD_SIZE": str(self.num_processes), "LOCAL_WORLD_SIZE": str(self.num_processes)}
-        return {**common, **ranks, **sizes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 
     def send(self, signum: int) -> None:
         """Sends a signal to all processes, with their workers."""
@@ -200,9 +190,3 @@ def end_runs(folder: Path | None = None) -> None:
         if folder is None or run.folder.is_relative_to(folder):
             run.kill()
             _runs.discard(run)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
