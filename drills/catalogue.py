@@ -29,7 +29,7 @@ def drills(quick: bool = False) -> dict[str, Drill]:
         "orders": partial(order.orders, world_sizes=(1, *several), workers=(0, 2) if quick else (0, 2, 4)),
         "world_sizes": order.world_sizes,
         "killed_process": processes.one_of_two_killed,
-        "killed_worker": processes.one_worker_killed,
+        "killed_worker": partial(processes.one_worker_killed, steps=60 if quick else 200),
         "uneven_shards": partial(images.uneven_shards, sizes=(700, 30, 500, 7)),
         "one_shard": partial(images.uneven_shards, sizes=(700,)),
         "bad_images": images.bad_images,

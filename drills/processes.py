@@ -57,9 +57,9 @@ def one_of_two_killed(folder: Path) -> Outcome:
     )
 
 
-def one_worker_killed(folder: Path) -> Outcome:
+def one_worker_killed(folder: Path, steps: int) -> Outcome:
     """Kills a process that loads images, as a machine out of memory does, long before the run's end."""
-    whole = reference(folder / "whole", 10 * STEPS, dataloader_num_workers=2)
+    whole = reference(folder / "whole", steps, dataloader_num_workers=2)
     killed = Run(folder / "killed", whole.flags)
     killed.start()
     killed.wait_for_passes(2 * SAVE_INTERVAL)

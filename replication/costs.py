@@ -11,10 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mimae.families.registry import family_named
 from mimae.flags.model_fields import config_fields
-from mimae.flags.recipes import read_recipe
 
 from .frozen import PROBE_IMAGES
-from .plan import ALL, CORRUPTED, FEW, FROZEN, PRETRAIN, Group, Run, Scale, tasks
+from .plan import ALL, CORRUPTED, FEW, FROZEN, PRETRAIN, Group, Run, Scale, recipe_at, tasks
 from .records import Records
 
 TRAIN_IMAGES, TEST_IMAGES = 60_000, 10_000  # of Fashion-MNIST
@@ -25,7 +24,7 @@ PASSES = 3  # a backward pass costs two forward ones
 def operations(run: Run, stage: str) -> float:
     """Floating-point operations of a stage."""
     per_view, per_image = _forward_operations(run.recipe, tuple(sorted(run.arm.fields.items())))
-    epochs = {stage: read_recipe(run.scale.finetuning(stage))["num_train_epochs"] for stage in (FEW, ALL)}
+    epochs = {stage: recipe_at(run.scale.finetuning(stage))["num_train_epochs"] for stage in (FEW, ALL)}
     return {
         PRETRAIN: PASSES * per_view * (run.views if run.arm.is_trained else run.scale.views_per_step),
         FROZEN: per_image * (PROBE_IMAGES + TEST_IMAGES),
@@ -38,7 +37,7 @@ def operations(run: Run, stage: str) -> float:
 @cache
 def _forward_operations(recipe: Any, fields: tuple[tuple[str, Any], ...]) -> tuple[float, float]:
     """Of one masked view with its decoder, and of one whole image through the encoder."""
-    settings = read_recipe(recipe) | dict(fields)
+    settings = recipe_at(recipe) | dict(fields)
     family = family_named(settings.get("model_type"))
     known = config_fields(family.config_class)
     config = family.build_config(settings.get("preset"), {k: v for k, v in settings.items() if k in known})

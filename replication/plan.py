@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ STAGES = (PRETRAIN, FROZEN, FEW, ALL, CORRUPTED)
 SHORTEST, MIDDLE, LONGEST = range(3)  # of a scale's budgets
 WARM_UP = 0.1  # of the steps
 REC_ONLY = {"mi_max_weight": 0, "mi_min_weight": 0}
+recipe_at = cache(read_recipe)  # hundreds of runs share a handful; not to be changed
 
 
 @dataclass(frozen=True)
@@ -170,7 +171,7 @@ class Run:
     @cached_property
     def flags(self) -> dict[str, Any]:
         """Of the pre-training script."""
-        num_views = self.arm.num_views(read_recipe(self.recipe))
+        num_views = self.arm.num_views(recipe_at(self.recipe))
         images = max(1, round(self.scale.views_per_step / num_views / self.arm.parts))
         flags = {
             **self.arm.fields,
@@ -194,9 +195,9 @@ class Run:
 
     def settings(self, stage: str) -> str:
         """A digest of all that a stage's result follows from; a result of other settings counts for nothing."""
-        parts = [read_recipe(self.recipe), self.flags]
+        parts = [recipe_at(self.recipe), self.flags]
         if stage not in (PRETRAIN, FROZEN):
-            parts.append(read_recipe(self.scale.finetuning(stage)))
+            parts.append(recipe_at(self.scale.finetuning(stage)))
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
 
 

@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from multiprocessing import forkserver
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,21 +49,13 @@ def run_forked(
     Raises:
         TimeoutError: with what was printed; all its processes are ended.
     """
-    start_server()
     port, deadline = free_port(), time.monotonic() + PATIENCE
     with tempfile.TemporaryDirectory() as folder:
         logs = [Path(folder) / f"{rank}.txt" for rank in range(num_processes)]
-        processes = [
-            fork(
-                _run,
-                program,
-                list(argv),
-                cwd or Path.cwd(),
-                environment={**(environment or {}), **rank_environment(rank, num_processes, port)},
-                log=log,
-            )
-            for rank, log in enumerate(logs)
-        ]
+        processes = []
+        for rank, log in enumerate(logs):
+            ranked = {**(environment or {}), **rank_environment(rank, num_processes, port)}
+            processes.append(start_forked(program, argv, log, cwd, ranked))
         for process in processes:
             process.join(max(0.0, deadline - time.monotonic()))
         is_late = any(process.is_alive() for process in processes)
@@ -73,6 +66,18 @@ def run_forked(
     if is_late:
         raise TimeoutError(f"{program} did not end in {PATIENCE:.0f} s:\n{output[-4000:]}")
     return Finished(next((process.exitcode for process in processes if process.exitcode), 0), output)
+
+
+def start_forked(
+    program: str | Path,
+    argv: Sequence[str],
+    log: Path,
+    cwd: Path | None = None,
+    environment: dict[str, str] | None = None,
+) -> BaseProcess:
+    """The same without waiting, in a session of its own; what it prints goes to `log`."""
+    start_server()
+    return fork(_run, program, list(argv), cwd or Path.cwd(), environment=environment or {}, log=log)
 
 
 def _run(program: str | Path, argv: list[str], cwd: Path) -> None:

@@ -66,6 +66,7 @@ def rehearsal():
     assert torch.get_num_threads() == threads
 
 
+@pytest.mark.extended
 def test_a_rehearsal_has_a_figure_for_every_pipeline_part_and_source(rehearsal):
     pipelines, parts, end_to_end = rehearsal.tables
     assert len(pipelines.rows) == 2
@@ -77,6 +78,7 @@ def test_a_rehearsal_has_a_figure_for_every_pipeline_part_and_source(rehearsal):
     assert number_of_workers(CPU) == 1
 
 
+@pytest.mark.extended
 def test_a_cpu_leaves_the_gpus_bar_open(rehearsal):
     official, waits, gpu = rehearsal.bars
     assert official.figure > 0

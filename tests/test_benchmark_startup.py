@@ -86,6 +86,7 @@ import time:       200 |        200 | rich"""
     assert figures["all"] == [pytest.approx(0.1203), 5]
 
 
+@pytest.mark.extended
 def test_of_torch_and_transformers_themselves_the_profiled_demo_says_nothing():
     output = start_of((*PROFILED_DEMO, "--use_cpu", *TINY)).output
     assert {"mimae", "matplotlib"} <= table(output).keys()
@@ -102,6 +103,7 @@ def test_a_row_holds_the_medians_and_what_is_beyond_the_import():
     assert rows == [("torch and transformers, imported", None, None, 3.0, None), ("demo", 5.0, 7.0, 9.0, 6.0)]
 
 
+@pytest.mark.extended
 def test_the_bar_is_what_the_launched_demo_takes_beyond_the_imports():
     measurement = measure(torch.device("cpu"), quick=True)
     (_, _, _, imported, _), (name, *_, stepped, beyond) = measurement.tables[0].rows

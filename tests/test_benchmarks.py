@@ -79,6 +79,7 @@ def test_a_bar_that_nothing_has_measured_says_so(tmp_path):
     assert "| GPU, images | at least 100 images/s | not measured |" in (tmp_path / "page.md").read_text()
 
 
+@pytest.mark.extended
 def test_the_step_is_measured_in_small(tmp_path, capsys):
     assert main(["pretrain_step", "--quick", "--output_dir", str(tmp_path)]) == 0
     record = json.loads((tmp_path / "performance" / "pretrain_step-cpu.json").read_text())

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from dense_runs import CROP_SIZE, ENCODER, SCRIPTS, compose, copied, edit_annotations, flags, launch, run, save_encoder
+from drawing import drawn
 from loopback_hub import Account, LoopbackHub
 from PIL import Image
 from references import TINY_SWIN
@@ -54,7 +55,8 @@ def task(request) -> str:
 def finished(task, images, encoder, tmp_path_factory) -> Path:
     """A run of four steps, evaluated after the second and the last."""
     folder = tmp_path_factory.mktemp(task) / "run"
-    run(task, images, encoder, folder)
+    with drawn():
+        run(task, images, encoder, folder)
     return folder
 
 

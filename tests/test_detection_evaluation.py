@@ -20,6 +20,8 @@ from mimae.data.sources.coco import CocoSource
 from mimae.evaluation.detection import NAMES, _truth, detection_metrics, detection_records, restore_detections
 from mimae.pictures.detection import save_detections
 
+pytestmark = pytest.mark.usefixtures("drawn")
+
 SIDE, NUM_IMAGES, CATEGORIES = 160, 40, (2, 5, 9)
 IMAGE_SIZES = ("small", "medium", "large")
 

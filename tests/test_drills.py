@@ -10,14 +10,30 @@ from mimae.drills.catalogue import drills
 from mimae.drills.outcome import Outcome
 from mimae.drills.report import Report
 
+# of a drill that `make test` does in a smaller form: the other sources, signal, number of shards and of processes
+VARIANTS = {
+    *("resumes_folder", "resumes_streamed_parquet", "resumes_streamed_WebDataset"),
+    *("sigusr1", "one_shard", "outage_for_two"),
+}
 
-@pytest.mark.parametrize(("name", "drill"), drills(quick=True).items())
-def test_drill(name, drill, tmp_path, forked_runs):
+
+@pytest.mark.parametrize(
+    "drill",
+    [
+        pytest.param(drill, id=name, marks=[pytest.mark.extended] if name in VARIANTS else [])
+        for name, drill in drills(quick=True).items()
+    ],
+)
+def test_drill(drill, tmp_path, forked_runs):
     outcome = drill(tmp_path)
     if outcome.skipped:
         pytest.skip(outcome.skipped)
     assert outcome.passed, outcome
     assert json.loads(json.dumps(vars(outcome)))["passed"] is True  # as the report keeps it
+
+
+def test_what_is_left_to_the_second_lane_is_a_drill():
+    assert VARIANTS.issubset(drills(quick=True))
 
 
 def test_a_run_that_saw_or_learnt_something_else_is_not_equal(tmp_path, forked_runs):

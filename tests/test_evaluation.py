@@ -15,6 +15,8 @@ from mimae.evaluation.probes import NUM_NEIGHBORS, knn_accuracies, knn_accuracy,
 from mimae.pictures import classes as pictures
 from mimae.pictures.classes import save_confusion_matrix, save_feature_map
 
+pytestmark = pytest.mark.usefixtures("drawn")
+
 
 class Encoder(torch.nn.Module):
     """Nothing but `encode`. Its dropout shows the mode, its second part is frozen in evaluation mode."""

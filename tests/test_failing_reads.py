@@ -200,7 +200,8 @@ def assert_same_run(one, other):
 
 
 @pytest.mark.parametrize(
-    ("seed", "batch_size", "accumulation", "num_workers"), [(0, 30, 1, 0), (0, 30, 1, 2), (0, 10, 3, 0)]
+    ("seed", "batch_size", "accumulation", "num_workers"),
+    [(0, 30, 1, 0), pytest.param(0, 30, 1, 2, marks=pytest.mark.extended), (0, 10, 3, 0)],
 )
 def test_a_run_that_cannot_read_saves_its_last_step_and_resumed_equals_one_without_failure(
     server, tmp_path, seed, batch_size, accumulation, num_workers
@@ -240,7 +241,7 @@ def test_a_run_that_cannot_read_its_first_batch_saves_nothing(server, tmp_path):
     assert not list((tmp_path / "run").glob("checkpoint-*"))
 
 
-@pytest.mark.parametrize("num_processes", [1, 2])
+@pytest.mark.parametrize("num_processes", [1, pytest.param(2, marks=pytest.mark.extended)])
 def test_an_evaluation_that_cannot_read_loses_no_step_and_is_made_up_for(server, tmp_path, forked_runs, num_processes):
     handler, url, folder = server
     write_parquet(folder, shards(*SIZES))

@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from forking import run_forked
+from drawing import drawn
+from forking import run_forked, start_forked
 from loopback_hub import Account, LoopbackHub
 from PIL import Image
 from runs import ROOT, TINY_MODEL, pretrain, write_shards
@@ -53,7 +54,8 @@ def pretrained(tmp_path_factory) -> Path:
 def classifier(pretrained) -> Path:
     """A fine-tuned one."""
     folder = pretrained.parent / "classifier"
-    run("finetune", pretrained, folder, max_train_steps=8)
+    with drawn():
+        run("finetune", pretrained, folder, max_train_steps=8)
     return folder
 
 
@@ -250,7 +252,10 @@ def test_imagenet_c_has_a_table_and_an_mce(imagenet_classifier, tmp_path):
 # --- processes ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("task", "model"), [("evaluate", "classifier"), ("finetune", "pretrained")])
+@pytest.mark.parametrize(
+    ("task", "model"),
+    [pytest.param("evaluate", "classifier", marks=pytest.mark.extended), ("finetune", "pretrained")],
+)
 def test_two_processes_do_what_one_does(task, model, request, classifier, pretrained, tmp_path):
     source = request.getfixturevalue(model)
     # dropped paths are drawn by each process for itself
@@ -278,6 +283,7 @@ def push_run(task: str, hub: LoopbackHub, output_dir: Path, source: Path, home: 
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.extended
 def test_a_run_pushes_its_model_and_tells_nobody_the_token(pretrained, tmp_path):
     with LoopbackHub({TOKEN: Account("someone")}) as hub:
         result = push_run("finetune", hub, tmp_path / "run", pretrained, tmp_path / "home")
@@ -489,20 +495,13 @@ def test_a_signal_ends_fine_tuning_with_a_checkpoint_and_resuming_changes_nothin
     values = {"max_train_steps": 60, "dataloader_num_workers": 1, "evaluation_steps": 1000}
     run("finetune", pretrained, tmp_path / "whole", **values)
     folder = tmp_path / "stopped"
-    process = subprocess.Popen(
-        [sys.executable, str(SCRIPT), *flags("finetune", pretrained, folder, **values)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,  # a group of its own, to be signalled as a whole
-    )
-    while not (folder / "metrics.jsonl").exists() and process.poll() is None:
+    process = start_forked(SCRIPT, flags("finetune", pretrained, folder, **values), tmp_path / "log.txt")
+    while not (folder / "metrics.jsonl").exists() and process.is_alive():
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGTERM)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 143, output[-3000:]
+    process.join(120)
+    output = (tmp_path / "log.txt").read_text()
+    assert process.exitcode == 143, output[-3000:]
     assert "stopped by SIGTERM" in output
     assert max(logged(folder, "loss")) < 60
     assert not (folder / "results.json").exists()

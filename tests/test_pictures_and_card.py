@@ -21,6 +21,8 @@ from mimae.modeling_mim import patchify, unpatchify
 from mimae.pictures.curves import save_curves
 from mimae.pictures.reconstructions import reconstruction_images, save_reconstructions
 
+pytestmark = pytest.mark.usefixtures("drawn")
+
 PATCH_SIZE, NUM_MASKS, NUM_PATCHES = 4, 3, 3 * 5
 MEAN, STD = {1: [0.3], 2: [0.4, 0.5], 3: [0.485, 0.456, 0.406]}, {1: [0.25], 2: [0.2, 0.3], 3: [0.229, 0.224, 0.225]}
 

@@ -609,7 +609,7 @@ def test_this_hub_runs_on_its_own():
     assert WRITE not in line
 
 
-@pytest.mark.parametrize("status", [None, 400])
+@pytest.mark.parametrize("status", [pytest.param(None, marks=pytest.mark.extended), 400])
 def test_pre_training_pushes_at_its_end_and_a_failure_costs_the_exit_code_alone(hub, environment, tmp_path, status):
     repo_id = f"someone/fresh-{status}"
     if status is not None:

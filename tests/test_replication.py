@@ -6,6 +6,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import forking
 import numpy as np
 import pytest
 import torch
@@ -21,6 +22,7 @@ from mimae.flags.model import ModelArguments
 from mimae.flags.pretraining import PretrainingArguments
 from mimae.flags.recipes import as_argv, parse_arguments, read_recipe
 from mimae.replication import __main__ as replication
+from mimae.replication import costs
 from mimae.replication import work as work_module
 from mimae.replication.costs import operations, price, seconds
 from mimae.replication.frozen import Poolings, compare_views, effective_rank
@@ -262,6 +264,15 @@ def test_a_model_that_is_needed_again_is_priced_once_more_and_once(tmp_path):
     )
 
 
+@pytest.mark.extended
+@pytest.mark.parametrize("scale", SCALES.values(), ids=SCALES)
+def test_every_arm_of_a_scale_has_a_price(scale):
+    for arm in ARMS.values():
+        run = Run(scale, arm, scale.steps[0], seed=0)
+        assert operations(run, PRETRAIN) > 0, arm.name
+        assert operations(run, FROZEN) > 0, arm.name
+
+
 def test_time_that_is_left_follows_from_the_rates_of_what_is_done(tmp_path):
     records, run = Records(tmp_path / "small.jsonl"), Run(SMALL, ARMS["mae"], 800, 0)
     assert seconds(run, PRETRAIN, records) is None
@@ -287,6 +298,13 @@ def fill(folder, scale=SMALL, gain=1.0):
     return records
 
 
+@pytest.fixture
+def counted(monkeypatch):
+    """A page prices fifty models, each counted on its own: where the price is not the claim, all cost the same."""
+    monkeypatch.setattr(costs, "_forward_operations", lambda recipe, fields: (1e6, 1e6))
+
+
+@pytest.mark.usefixtures("counted", "drawn")
 @pytest.mark.parametrize(("gain", "word"), [(1.0, "holds"), (-1.0, "does not hold"), (0.0, "not resolved")])
 def test_the_page_says_what_the_records_say(tmp_path, gain, word):
     fill(tmp_path, gain=gain)
@@ -300,6 +318,7 @@ def test_the_page_says_what_the_records_say(tmp_path, gain, word):
         assert (tmp_path / "replication" / f"small-table-1-and-the-control-that-it-lacks{picture}.png").exists()
 
 
+@pytest.mark.usefixtures("counted")
 def test_what_holds_stands_first_and_groups_without_news_are_left_out(tmp_path):
     records = fill(tmp_path)
     write_report(tmp_path)
@@ -321,6 +340,7 @@ def test_versions_of_all_records_are_told(tmp_path):
     assert f"torch 2.11.0 and {records.lines[-1]['versions']['torch']}, " in description(SMALL, records)
 
 
+@pytest.mark.usefixtures("counted")
 def test_the_readme_quotes_the_longest_budget_and_nothing_else_of_it_changes(tmp_path):
     fill(tmp_path)
     readme = tmp_path / "README.md"
@@ -337,12 +357,14 @@ def test_the_readme_quotes_the_longest_budget_and_nothing_else_of_it_changes(tmp
     assert readme.read_text() == first
 
 
+@pytest.mark.usefixtures("counted")
 def test_random_weights_alone_are_nothing_to_tell_yet(tmp_path):
     add(Records(tmp_path / "replication" / "small.jsonl"), Run(SMALL, ARMS["untrained"], 1, 0), FROZEN)
     write_report(tmp_path)
     assert "### Table 1" not in (tmp_path / "replication.md").read_text()
 
 
+@pytest.mark.usefixtures("counted")
 def test_a_page_of_nothing_is_the_plan_alone(tmp_path):
     (tmp_path / "replication").mkdir()
     write_report(tmp_path)
@@ -351,6 +373,7 @@ def test_a_page_of_nothing_is_the_plan_alone(tmp_path):
     assert page.count("### What is left") == len(SCALES)
 
 
+@pytest.mark.usefixtures("counted")
 def test_listing_shows_plan_done_and_left(tmp_path, capsys):
     fill(tmp_path)
     assert replication.main(["--list", "--output_dir", str(tmp_path)]) == 0
@@ -379,6 +402,7 @@ def tiny(tmp_path, monkeypatch):
     """A scale of seconds, on digits as IDX files."""
     images, labels = load_digits(return_X_y=True)
     images = (images.reshape(-1, 8, 8) * 15).astype(np.uint8)
+    forking.start_server()
     (tmp_path / "images").mkdir()
     for split, part in (("train", slice(0, 1437)), ("t10k", slice(1437, None))):
         write_idx(tmp_path / "images" / f"{split}-images-idx3-ubyte", images[part])

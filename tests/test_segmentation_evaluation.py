@@ -13,6 +13,8 @@ from sklearn.metrics import accuracy_score, balanced_accuracy_score, confusion_m
 from mimae.evaluation.segmentation import MeanIoU, segment, sliding_window_logits
 from mimae.pictures.segmentation import save_segmentations
 
+pytestmark = pytest.mark.usefixtures("drawn")
+
 K = 4
 
 

@@ -10,11 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from drawing import drawn
 from PIL import Image
 from runs import TINY_SWIN_MODEL, SignalAfter, flags, launch, metrics, pretrain, series, weights, write_shards
 from transformers import BertConfig
 
-from mimae import MIMAEForPreTraining
+from mimae import MIMAEConfig, MIMAEForPreTraining
 from mimae.hub.push import files_to_push
 from mimae.jobs.run_folder import OutputDirNotEmptyError, claim_output_dir, clear_output_dir
 from mimae.training.bad_images import TooManyBadImagesError
@@ -33,7 +34,8 @@ def shards(tmp_path_factory):
 def short_run(tmp_path_factory):
     """One finished run, for tests that only look."""
     folder = tmp_path_factory.mktemp("short") / "run"
-    assert pretrain(folder) == 0
+    with drawn():
+        assert pretrain(folder) == 0
     return folder
 
 
@@ -148,17 +150,21 @@ def test_all_state_of_a_trainer_is_born_in_its_constructor(tmp_path, monkeypatch
     assert {part: set(vars(part)) for part in born} == born
 
 
-def test_a_digits_run_lowers_reconstruction_and_opens_the_gate_at_the_default_threshold(tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("threshold", "steps"), [(0.65, 90), pytest.param(0.5, 400, marks=pytest.mark.extended, id="the default")]
+)
+def test_a_digits_run_lowers_reconstruction_and_opens_the_gate_at_its_threshold(tmp_path, capsys, threshold, steps):
     size = {"patch_size": 2, "hidden_size": 48, "num_hidden_layers": 2, "intermediate_size": 192}
     size |= {"decoder_hidden_size": 48, "decoder_intermediate_size": 192}  # 64 patches, as in the demo
-    length = {"per_device_train_batch_size": 64, "max_train_steps": 400, "warmup_epochs": 1.0}
-    assert pretrain(tmp_path / "run", **size, **length, base_learning_rate=1e-3, checkpointing_steps=1000) == 0
+    length = {"per_device_train_batch_size": 64, "max_train_steps": steps, "warmup_epochs": 1.0}
+    gate = {} if threshold == MIMAEConfig().mi_gate_threshold else {"mi_gate_threshold": threshold}
+    assert pretrain(tmp_path / "run", **size, **length, **gate, base_learning_rate=1e-3, checkpointing_steps=1000) == 0
     losses = series(tmp_path / "run", "reconstruction_loss")
     active = series(tmp_path / "run", "mi_active")
     assert losses[1] > 1.5
     opened = min(step for step, value in active.items() if value)
-    assert losses[opened] < 0.5 <= min(losses[step] for step in range(1, opened))
-    assert all(active[step] == 1 for step in range(opened, 401))
+    assert losses[opened] < threshold <= min(losses[step] for step in range(1, opened))
+    assert all(active[step] == 1 for step in range(opened, steps + 1))
     assert f"opened at step {opened}" in capsys.readouterr().out
 
 
@@ -167,8 +173,15 @@ def test_a_gate_that_never_opened_is_said_in_plain_words(tmp_path, capsys):
     assert "NEVER OPENED" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-@pytest.mark.parametrize("streaming", [False, True], ids=["map-style", "streaming"])
+@pytest.mark.parametrize(
+    ("streaming", "num_workers"),
+    [
+        pytest.param(False, 0, id="map-style-0", marks=pytest.mark.extended),
+        pytest.param(False, 2, id="map-style-2", marks=pytest.mark.extended),
+        pytest.param(True, 0, id="streaming-0", marks=pytest.mark.extended),
+        pytest.param(True, 2, id="streaming-2"),
+    ],
+)
 def test_a_run_stopped_by_sigterm_mid_epoch_and_resumed_equals_one_never_stopped(
     tmp_path, shards, streaming, num_workers
 ):
