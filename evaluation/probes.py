@@ -61,7 +61,8 @@ def _vote(label: np.ndarray, weight: np.ndarray) -> np.ndarray:
     """The class with the largest sum of weights among the neighbours of each image: (n, k), (n, k) → (n,)."""
     n, k = label.shape
     votes = csr_array((weight.flatten(), label.flatten(), np.arange(0, n * k + 1, k)), shape=(n, label.max() + 1))
-    return votes.argmax(axis=1)  # (n, K), where a class has several entries they count as their sum
+    # (n, K), where a class has several entries they count as their sum; of SciPy 1.13 the argmax is (n, 1)
+    return votes.argmax(axis=1).ravel()
 
 
 def knn_accuracy(
