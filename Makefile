@@ -1,27 +1,37 @@
 # Everything runs in .venv, made on first use. `make demo` and `make test` need nothing but Python 3.11 or newer.
 PYTHON ?= python3
 BIN := .venv/bin
-INSTALLED := .venv/.installed
+RUNTIME := .venv/.installed
+TOOLS := .venv/.installed-dev
 OUTPUT_DIR ?= outputs/demo
 
-.PHONY: install demo test test-slow drills bench replicate lint types format clean
+TEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 
-install: $(INSTALLED)
+.PHONY: install demo test test-all drills bench replicate lint types format clean
 
-$(INSTALLED): setup.cfg pyproject.toml
+install: $(TOOLS)
+
+# what the package itself needs
+$(RUNTIME): setup.cfg pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet --editable .
+	touch $@
+
+# in the same environment: tests, linters, and the packages that benchmarks compare with
+$(TOOLS): $(RUNTIME)
 	$(BIN)/pip install --quiet --editable '.[dev]'
 	touch $@
 
-demo: install
+demo: $(RUNTIME)
 	$(BIN)/accelerate launch --num_processes 1 run_mim_pretrain.py --output_dir $(OUTPUT_DIR) --overwrite_output_dir
 
 test: install
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" tests
+	$(TEST) -m "not extended" tests
 
-test-slow: install
-	$(BIN)/python -m pytest -m slow tests
+# the first lane, then the rest: every test is run once
+test-all: test
+	$(TEST) -m extended tests
 
 # The oldest versions that setup.cfg allows (each `>=` as `==`), in an environment of their own; Python 3.11 or 3.12
 FLOOR := .venv-floor

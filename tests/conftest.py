@@ -25,6 +25,11 @@ def pytest_sessionstart():
         pytest.exit(f"`import mimae` finds {tested}, not this checkout, {checkout}; see `make install`", returncode=4)
 
 
+def pytest_collection_modifyitems(items):
+    """The longest test begins first: one of two processes would be left alone with it at the end."""
+    items.sort(key=lambda item: not item.nodeid.startswith("tests/test_walkthrough.py"))
+
+
 @pytest.fixture
 def forked_runs(monkeypatch, tmp_path):
     """Runs of drills get their processes from a server that has imported everything: seconds sooner, the same else."""

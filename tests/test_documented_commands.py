@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
+import yaml
 
 from mimae.jobs import dense as dense_run
 
@@ -40,6 +41,15 @@ def stopping_after(parse: Callable[..., Any]) -> Callable[..., NoReturn]:
         raise ParsedError
 
     return parse_and_stop
+
+
+def test_a_commit_is_checked_by_what_lint_runs():
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
+    lint = re.search(r"^lint: (.*)\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    prerequisites, recipe = lint.groups()
+    commands = [line.strip().replace("$(BIN)", ".venv/bin") for line in recipe.splitlines()]
+    commands += [f"make {target}" for target in prerequisites.split() if target != "install"]
+    assert sorted(hook["entry"] for hook in hooks) == sorted(commands)
 
 
 @pytest.mark.parametrize(
