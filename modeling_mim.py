@@ -92,12 +92,12 @@ def loss_term(symbol: str, source: str, meaning: str = "") -> Any:
     return field(default=None, metadata={"is_logged": True, "loss_term": LossTerm(symbol, source, meaning)})
 
 
-def scalars_of(output_class: type[ModelOutput]) -> tuple[str, ...]:
+def scalars_of(output_class: Any) -> tuple[str, ...]:
     """The fields of an output that are logged, in their order, which checkpoints of a training rely on."""
     return tuple(each.name for each in fields(output_class) if "is_logged" in each.metadata)
 
 
-def loss_terms_of(output_class: type[ModelOutput]) -> dict[str, LossTerm]:
+def loss_terms_of(output_class: Any) -> dict[str, LossTerm]:
     """The loss terms of an output by their fields, in their order."""
     return {each.name: each.metadata["loss_term"] for each in fields(output_class) if "loss_term" in each.metadata}
 
