@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..configuration_mim import MIMConfigMixin
 from ..flags.model_fields import config_fields
 from ..flags.option import RecipeError
-from ..modeling_mim import MIMEncoderMixin, MIMForImageClassificationMixin, MIMForPreTrainingMixin
+from ..modeling_mim import MIMEncoderMixin, MIMForImageClassificationMixin, MIMForPreTrainingMixin, MIMPreTrainedMixin
 
 # what a backbone has beside its sizes, as every encoder
 BACKBONE_FIELDS = (
@@ -166,7 +166,7 @@ class Family:
     remark: Callable[[Any], str | None] = lambda config: None
     stock_config_class: type[PreTrainedConfig] | None = None
     stock_fields: Callable[[Mapping[str, Any], bool], dict[str, Any]] = lambda fields, is_classifier: {}
-    stock_classes: Mapping[str, type[PreTrainedModel]] = field(default_factory=dict)
+    stock_classes: Mapping[str, type[MIMPreTrainedMixin]] = field(default_factory=dict)
     stock: StockModel | None = None
     formats: tuple[str, ...] = ()
 
@@ -176,9 +176,13 @@ class Family:
         return self.config_class.model_type
 
     @property
-    def model_classes(self) -> dict[str, type[PreTrainedModel]]:
+    def model_classes(self) -> dict[str, type[MIMPreTrainedMixin]]:
         """Those of which there are checkpoints, by name."""
-        classes = (self.encoder_class, self.pretraining_class, self.classification_class)
+        classes: tuple[type[MIMPreTrainedMixin], ...] = (
+            self.encoder_class,
+            self.pretraining_class,
+            self.classification_class,
+        )
         return {each.__name__: each for each in classes}
 
     def complete(self, saved: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,11 +4,12 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
+from ..configuration_mim import MIMConfigMixin
 from ..flags.option import RecipeError
 from .registry import family_named
-from .warm_start import Checkpoint
+from .warm_start import Checkpoint, Model
 
 logger = logging.getLogger(__name__)
 
@@ -41,16 +42,17 @@ class StartingModel:
             raise RecipeError(f"--model_name_or_path {path} says how the model is built: leave --preset out")
         self.preset, self.fields, self.is_dense = preset, fields, is_dense
         self.checkpoint = None if path is None else Checkpoint(path)
-        named = family_named(model_type)
-        self.family = self.checkpoint.family if self.checkpoint else named
-        if model_type is not None and named is not self.family:
-            raise RecipeError(
-                f"model_type={model_type!r}, but {path} is a {self.checkpoint.model_type!r} model: leave model_type "
-                "out, or take another checkpoint"
-            )
+        self.family = family_named(model_type)
+        if self.checkpoint is not None:
+            if model_type is not None and self.checkpoint.family is not self.family:
+                raise RecipeError(
+                    f"model_type={model_type!r}, but {path} is a {self.checkpoint.model_type!r} model: leave "
+                    "model_type out, or take another checkpoint"
+                )
+            self.family = self.checkpoint.family
         self.family.check_task(fields, is_dense)
 
-    def config(self, labels: Mapping[str, Any] | None = None, **overrides: Any) -> PreTrainedConfig:
+    def config(self, labels: Mapping[str, Any] | None = None, **overrides: Any) -> MIMConfigMixin:
         """The checkpoint's configuration, or that of the recipe alone, with the recipe's fields and these on top.
 
         Raises:
@@ -66,13 +68,13 @@ class StartingModel:
 
     def load(
         self,
-        model_class: type[PreTrainedModel],
+        model_class: type[Model],
         config: PreTrainedConfig,
         *,
         untrained: bool = False,
         attn_implementation: str | None = None,
         with_head: bool = False,
-    ) -> PreTrainedModel:
+    ) -> Model:
         """The model with the checkpoint's weights, its head too if it must be there, or with random ones.
 
         Raises:

@@ -9,17 +9,22 @@ import json
 import logging
 import re
 from collections.abc import Mapping
-from typing import Any
+from os import PathLike
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
 from transformers import AutoImageProcessor, PreTrainedConfig, PreTrainedModel
 
+from ..configuration_mim import MIMConfigMixin
 from ..data.words import some
 from ..flags.model_fields import config_fields
+from ..modeling_mim import MIMForPreTrainingMixin
 from .family import FAMILIES, Family
 
 logger = logging.getLogger(__name__)
+
+Model = TypeVar("Model", bound=PreTrainedModel)
 
 # fields of a config.json that describe the file, not the model
 FILE_FIELDS = ("architectures", "auto_map", "model_type", "transformers_version", "dtype")
@@ -55,17 +60,21 @@ def compare_with_checkpoint(family: Family, config: PreTrainedConfig, path: str)
 
 def pretraining_model(
     family: Family, config: PreTrainedConfig, path: str | None, attn_implementation: str | None
-) -> PreTrainedModel:
+) -> MIMForPreTrainingMixin:
     """The model for pre-training: from scratch, or with the weights of a checkpoint; the log names what is new."""
     if path is None:
         config._attn_implementation = attn_implementation
         return family.pretraining_class(config)
-    model, info = family.pretraining_class.from_pretrained(
-        path, config=config, attn_implementation=attn_implementation, output_loading_info=True
-    )
+    model, info = load_and_tell(family.pretraining_class, path, config=config, attn_implementation=attn_implementation)
     if info["missing_keys"]:
         logger.info("not in %s, and new: %s", path, some(sorted(info["missing_keys"])))
     return model
+
+
+def load_and_tell(model_class: type[Model], path: str | PathLike[str], **options: Any) -> tuple[Model, dict[str, Any]]:
+    """`from_pretrained`, and what it says of the loading, which transformers' annotations do not know."""
+    loaded: Any = model_class.from_pretrained(path, output_loading_info=True, **options)
+    return loaded
 
 
 class UnfitCheckpointError(ValueError):
@@ -112,7 +121,7 @@ class Checkpoint:
         """Whether it has a trained classification head."""
         return any("ForImageClassification" in name for name in self.saved.get("architectures") or ())
 
-    def config(self, overrides: Mapping[str, Any], **labels: Any) -> PreTrainedConfig:
+    def config(self, overrides: Mapping[str, Any], **labels: Any) -> MIMConfigMixin:
         """The configuration of a model that starts here.
 
         Args:
@@ -139,12 +148,12 @@ class Checkpoint:
 
     def load(
         self,
-        model_class: type[PreTrainedModel],
+        model_class: type[Model],
         config: PreTrainedConfig,
         *,
         attn_implementation: str | None = None,
         with_head: bool = False,
-    ) -> PreTrainedModel:
+    ) -> Model:
         """The model in float32, with this checkpoint's weights.
 
         A head is new where it has none that fits; so are a backbone's pyramid and relative positions. The log names
@@ -163,13 +172,13 @@ class Checkpoint:
         there = self._config_there()
         geometry = {name: getattr(there, name) for name in self.family.geometry_fields}
         try:
-            model, info = model_class.from_pretrained(
+            model, info = load_and_tell(
+                model_class,
                 self.path,
                 config=self.family.config_class.from_dict({**config.to_dict(), **geometry}),
                 attn_implementation=attn_implementation,
                 dtype=torch.float32,
                 ignore_mismatched_sizes=True,  # a classifier of other classes
-                output_loading_info=True,
             )
         except SafetensorError as error:
             raise UnfitCheckpointError(f"the weights of {self.path} cannot be read: {error}") from error
@@ -198,7 +207,7 @@ class Checkpoint:
             logger.info("new, as %s has no weights for it: %s", self.path, ", ".join(names))
         return model
 
-    def _config_there(self) -> PreTrainedConfig:
+    def _config_there(self) -> MIMConfigMixin:
         """The checkpoint's own."""
         return self.family.config_class(**self._fields)
 

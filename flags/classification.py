@@ -55,7 +55,7 @@ class ClassificationDataArguments(DataArguments):
         affects_result=False,
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if self.samples_per_epoch is not None:
             raise RecipeError("samples_per_epoch is for pre-training: see train_fraction")
@@ -144,7 +144,7 @@ class ClassificationArguments(DownstreamArguments, CropArguments):
         0.07, "k-NN: votes are exp(similarity / temperature).", above=0, affects_result=False, under="probe and k-NN"
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if self.task == "linear_probe" and self.max_grad_norm is not None:
             raise RecipeError("max_grad_norm would let one head of the probe slow down the others: leave it out")

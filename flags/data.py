@@ -104,7 +104,7 @@ class DataArguments(ReadingArguments):
         0.2, "Smallest crop, as a part of the area.", above=0, at_most=1, affects_result=True, under="augmentation"
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         self._check_one_place("dataset_name", "train_dir", "data_files")
         self._check_one_place("validation_dir", "validation_files")

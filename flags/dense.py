@@ -69,7 +69,7 @@ class SegmentationDataArguments(ReadingArguments):
         None, "Where data sets are kept.", unset="the cache of 🤗 Datasets", affects_result=False
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         self._check_one_place("train_dir", "dataset_name", "data_files")
         if bool(self.data_files) != bool(self.validation_files):
@@ -96,7 +96,7 @@ class DetectionDataArguments(ReadingArguments):
         False, "Train also on images without any object.", names_data="detail", affects_result="images"
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         for split in ("train", "validation"):
             file, folder = f"{split}_annotation_file", f"{split}_image_dir"
@@ -124,7 +124,7 @@ class DenseArguments(DownstreamArguments):
         2.0, "Training images are resized by a random factor: the largest.", affects_result=True, under="augmentation"
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 < self.min_scale <= self.max_scale:
             raise RecipeError(
@@ -174,7 +174,7 @@ class SegmentationArguments(DenseArguments):
         256, "Width of the auxiliary head.", at_least=1, affects_result=True, under="model"
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if self.per_device_train_batch_size < 2:
             raise RecipeError(
@@ -238,7 +238,7 @@ class DetectionArguments(DenseArguments):
         0.05, "Detections below it are left out.", at_least=0, below=1, affects_result=False, under="evaluation"
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         steps = self.lr_milestones
         if steps is not None and not (steps and steps[0] > 0 and steps == sorted(set(steps))):

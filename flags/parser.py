@@ -27,7 +27,7 @@ class FlagParser(HfArgumentParser):
 
     def __init__(
         self,
-        groups: Sequence[type],
+        groups: Sequence[Any],
         model_fields: Mapping[str, ModelField],
         recipe: Mapping[str, Any],
         description: str,

@@ -55,7 +55,7 @@ class PretrainingArguments(CropArguments):
         under="evaluation",
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         is_multistep = self.lr_scheduler_type == "multistep"
         if is_multistep != bool(self.lr_milestone_epochs):

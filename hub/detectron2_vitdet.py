@@ -10,6 +10,7 @@ D width, L patches, S side of a window.
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -42,7 +43,8 @@ def detectron2_state(model: PreTrainedModel) -> dict[str, torch.Tensor]:
         ValueError: a model that detectron2's ViT cannot represent: positions on a grid that is not square, a bias
             of relative positions as BEiT has it, or windows larger than the grid.
     """
-    pyramid, encoder = getattr(model, "pyramid", None), model.base_model
+    pyramid = getattr(model, "pyramid", None)
+    encoder: Any = model.base_model
     _check_config(encoder.config)
     state = {}
     for name, value in official_state(encoder).items():
@@ -56,7 +58,7 @@ def detectron2_state(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     return state
 
 
-def save_detectron2(model: PreTrainedModel, path: str | os.PathLike) -> None:
+def save_detectron2(model: PreTrainedModel, path: str | os.PathLike[str]) -> None:
     """Write `detectron2_state` as a `.pth` file of tensors, for `train.init_checkpoint` of detectron2.
 
     Raises:
@@ -73,7 +75,7 @@ def save_detectron2(model: PreTrainedModel, path: str | os.PathLike) -> None:
         partial.unlink(missing_ok=True)
 
 
-def detectron2_usage(config: MIMAEConfig, path: str | os.PathLike) -> str:
+def detectron2_usage(config: MIMAEConfig, path: str | os.PathLike[str]) -> str:
     """Python text for a configuration file of detectron2: the encoder, and where its parameters are."""
     global_blocks = [i for i in range(config.num_hidden_layers) if config.window_of_block(i) is None]
     sizes = vit_sizes(config)

@@ -24,11 +24,13 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils import cached_file
 
 from ..families.family import FAMILIES
 from ..families.registry import family_of
+from ..families.warm_start import load_and_tell
+from ..modeling_mim import MIMPreTrainedMixin
 from .formats import (
     PROCESSOR_NAME,
     ExportError,
@@ -56,7 +58,7 @@ class Export:
 
 
 def export_checkpoint(
-    checkpoint: str | os.PathLike, out: str | os.PathLike, to: str, *, overwrite: bool = False, **known: Any
+    checkpoint: str | os.PathLike[str], out: str | os.PathLike[str], to: str, *, overwrite: bool = False, **known: Any
 ) -> float:
     """Write a checkpoint in another format.
 
@@ -77,7 +79,7 @@ def export_checkpoint(
     return export(load_source(checkpoint, **known), out, to, overwrite=overwrite).difference
 
 
-def load_source(checkpoint: str | os.PathLike, **known: Any) -> Source:
+def load_source(checkpoint: str | os.PathLike[str], **known: Any) -> Source:
     """A checkpoint of this project, of a ViTMAE or Swin in any layout, or a file of an official MAE or of timm's ViT.
 
     Parameters in half precision become float32. The MAE and the SimMIM of others are read as what they are, with one
@@ -103,7 +105,7 @@ def load_source(checkpoint: str | os.PathLike, **known: Any) -> Source:
     return _load_pretrained(checkpoint)
 
 
-def export(source: Source, out: str | os.PathLike, to: str, *, overwrite: bool = False) -> Export:
+def export(source: Source, out: str | os.PathLike[str], to: str, *, overwrite: bool = False) -> Export:
     """Write a model in another format, read it back, and compare the two before it gets its name.
 
     Differences are relative to the largest output of a kind: features before a last norm are large, and a new
@@ -168,7 +170,7 @@ def _load_official(path: Path, known: Mapping[str, Any]) -> Source:
     return replace(source, difference=difference)
 
 
-def _load_pretrained(checkpoint: str | os.PathLike) -> Source:
+def _load_pretrained(checkpoint: str | os.PathLike[str]) -> Source:
     try:
         config, _ = PreTrainedConfig.get_config_dict(checkpoint)
     except OSError as error:
@@ -180,10 +182,10 @@ def _load_pretrained(checkpoint: str | os.PathLike) -> Source:
         raise ValueError(f"{checkpoint} holds {architecture}; what can be exported is {', '.join(ours | stock)}")
     model_class = (ours | stock)[architecture]
     try:
-        model, info = model_class.from_pretrained(
+        model, info = load_and_tell(
+            model_class,
             checkpoint,
             dtype=torch.float32,
-            output_loading_info=True,
             **({"config": _plain_config(checkpoint, model_class)} if architecture in stock else {}),
         )
     except (RuntimeError, StrictDataclassError, SafetensorError) as error:
@@ -193,18 +195,19 @@ def _load_pretrained(checkpoint: str | os.PathLike) -> Source:
     return Source(Path(checkpoint), model.eval(), _processor_file(checkpoint))
 
 
-def _plain_config(checkpoint: str | os.PathLike, model_class: type[PreTrainedModel]) -> PreTrainedConfig:
+def _plain_config(checkpoint: str | os.PathLike[str], model_class: type[MIMPreTrainedMixin]) -> PreTrainedConfig:
     """Of a stock model as one of ours without information terms; what its config.json leaves out is stock, too."""
     fields, family = AutoConfig.from_pretrained(checkpoint).to_dict(), family_of(model_class)
     is_classifier = model_class is family.classification_class
     return family.config_class.from_dict({**family.stock_fields(fields, is_classifier), **fields, **PLAIN_MAE})
 
 
-def _processor_file(checkpoint: str | os.PathLike) -> Path | None:
+def _processor_file(checkpoint: str | os.PathLike[str]) -> Path | None:
     try:
-        return Path(cached_file(checkpoint, PROCESSOR_NAME))
+        found = cached_file(checkpoint, PROCESSOR_NAME)
     except OSError:
         return None
+    return None if found is None else Path(found)
 
 
 def _format(source: Source, to: str) -> Format:

@@ -10,16 +10,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
 from safetensors.torch import save_file
 from timm.models import save_for_hf
-from torch import nn
 from transformers import PreTrainedModel
 
 from ..families.family import FAMILIES, Family, StockModel
-from ..modeling_mim import MIMForImageClassificationMixin, MIMForPreTrainingMixin
+from ..modeling_mim import MIMForImageClassificationMixin, MIMForPreTrainingMixin, MIMPreTrainedMixin
 from .detectron2_vitdet import NET, detectron2_usage, save_detectron2
 from .official_mae import model_from_official, official_state, read_official_file
 from .timm_vit import TimmArchitecture, timm_architecture, timm_state
@@ -47,7 +47,7 @@ class Source:
     """
 
     origin: Path
-    model: PreTrainedModel
+    model: MIMPreTrainedMixin
     processor: Path | None = None
     difference: float = 0.0
 
@@ -58,17 +58,18 @@ class Source:
     @property
     def architecture(self) -> TimmArchitecture:
         """The encoder, or the classifier, in timm's terms."""
-        return timm_architecture(self.model.config, has_classifier=self.is_classifier)
+        config: Any = self.model.config  # a ViT's: `formats_of` lets no other come here
+        return timm_architecture(config, has_classifier=self.is_classifier)
 
 
-def example_images(model: PreTrainedModel) -> torch.Tensor:
+def example_images(model: MIMPreTrainedMixin) -> torch.Tensor:
     """Two images (2, C, H, W) of noise, always the same ones."""
     size = (model.config.num_channels, *model.config.image_size_2d)
     return torch.randn(2, *size, generator=torch.Generator().manual_seed(0))
 
 
 @torch.no_grad()
-def outputs(model: nn.Module, images: torch.Tensor) -> Outputs:
+def outputs(model: PreTrainedModel, images: torch.Tensor) -> Outputs:
     """Of a transformers model, ours or a stock one, on images (B, C, H, W); "pixels" are those of masked views."""
     found = {"tokens": model.base_model(images).last_hidden_state}
     if hasattr(model, "classifier"):
@@ -82,7 +83,7 @@ def outputs(model: nn.Module, images: torch.Tensor) -> Outputs:
 
 
 @torch.no_grad()
-def timm_outputs(model: nn.Module, images: torch.Tensor) -> Outputs:
+def timm_outputs(model: Any, images: torch.Tensor) -> Outputs:
     """As `outputs`, of timm's VisionTransformer."""
     found = {"tokens": model.forward_features(images)}
     return {**found, "logits": model(images)} if model.num_classes else found
@@ -163,7 +164,8 @@ class Timm(Format):
         return source.architecture.usage(str(path))
 
     def _write_folder(self, source: Source, state: dict[str, torch.Tensor], folder: Path) -> None:
-        architecture, config = source.architecture, source.model.config
+        architecture = source.architecture
+        config: Any = source.model.config
         if not architecture.has_timm_eps:
             raise ExportError(
                 f"layer_norm_eps={config.layer_norm_eps} has no place in the config.json of a timm model: "
@@ -176,7 +178,7 @@ class Timm(Format):
         model = architecture.create(pretrained_cfg_overlay={**facts, **statistics})
         model.load_state_dict(state)
         names = {"label_names": [config.id2label[k] for k in range(config.num_labels)]} if source.is_classifier else {}
-        save_for_hf(model, folder, model_config=names, model_args=architecture.arguments, safe_serialization=True)
+        save_for_hf(model, str(folder), model_config=names, model_args=architecture.arguments, safe_serialization=True)
 
 
 class OfficialMAE(Format):
@@ -225,7 +227,8 @@ class Detectron2(OfficialMAE):
         return {**official_state(source.model), **encoder}
 
     def usage(self, source: Source, path: Path) -> str:
-        return detectron2_usage(source.model.config, path)
+        config: Any = source.model.config  # a ViT's
+        return detectron2_usage(config, path)
 
 
 class Mimae(Format):

@@ -112,7 +112,7 @@ TEST_SET_NAMES = {
 
 
 def write_model_card(
-    folder: str | os.PathLike, *, summary: Mapping[str, Any], recipe: Mapping[str, Any], pictures: list[str]
+    folder: str | os.PathLike[str], *, summary: Mapping[str, Any], recipe: Mapping[str, Any], pictures: list[str]
 ) -> Path:
     """Write `folder/README.md` for a pre-trained model. What `summary` lacks is reported as not measured.
 
@@ -159,7 +159,9 @@ def write_model_card(
     )
 
 
-def write_classification_card(folder: str | os.PathLike, *, results: Mapping[str, Any], pictures: list[str]) -> Path:
+def write_classification_card(
+    folder: str | os.PathLike[str], *, results: Mapping[str, Any], pictures: list[str]
+) -> Path:
     """Write `folder/README.md` for a classifier. What `results` lacks is reported as not measured.
 
     Args:
@@ -210,7 +212,7 @@ def write_classification_card(folder: str | os.PathLike, *, results: Mapping[str
     )
 
 
-def write_dense_card(folder: str | os.PathLike, *, results: Mapping[str, Any], pictures: list[str]) -> Path:
+def write_dense_card(folder: str | os.PathLike[str], *, results: Mapping[str, Any], pictures: list[str]) -> Path:
     """Write `folder/README.md` for a model of segmentation or detection. What `results` lacks is not measured.
 
     Args:
@@ -230,7 +232,9 @@ def write_dense_card(folder: str | os.PathLike, *, results: Mapping[str, Any], p
     task, metrics = DENSE_TASKS[results["task"]], results.get("metrics") or {}
     recipe, start = public(results.get("recipe") or {}), _start(results)
     title, words = _title(recipe, results.get("model_type")), family_named(results.get("model_type")).words
-    figures = [(key, task.metrics.get(key, key.replace("_", " ")), metrics.get(key)) for key in task.metrics | metrics]
+    figures = [
+        (key, task.metrics.get(key, key.replace("_", " ")), metrics.get(key)) for key in {**task.metrics, **metrics}
+    ]
     return _write(
         folder,
         "dense.md",
@@ -264,7 +268,7 @@ def _crop(ratio: float | None) -> str:
 
 
 def write_backbone_card(
-    folder: str | os.PathLike, *, stock: StockModel, base_model: str, checkpoint: str, revision: str | None = None
+    folder: str | os.PathLike[str], *, stock: StockModel, base_model: str, checkpoint: str, revision: str | None = None
 ) -> Path:
     """Write `folder/README.md` for the stock encoder that was exported from a model.
 
@@ -304,12 +308,12 @@ def _card_data(
         pipeline_tag=pipeline_tag,
         tags=["mimae", *tags],
         model_name=model_name if eval_results else None,
-        eval_results=eval_results or None,
+        eval_results=list(eval_results) or None,
         **fields,
     )
 
 
-def _write(folder: str | os.PathLike, template: str, card_data: ModelCardData, **values: Any) -> Path:
+def _write(folder: str | os.PathLike[str], template: str, card_data: ModelCardData, **values: Any) -> Path:
     text = TEMPLATES.get_template(template).render(card_data=card_data.to_yaml(), **values)
     partial, path = Path(folder) / ".README.md.partial", Path(folder) / "README.md"
     # blocks that a card leaves empty leave blank lines
@@ -319,7 +323,7 @@ def _write(folder: str | os.PathLike, template: str, card_data: ModelCardData, *
 
 
 def _record(
-    folder: str | os.PathLike,
+    folder: str | os.PathLike[str],
     values: Mapping[str, Any],
     fact_names: Mapping[str, str],
     recipe: Mapping[str, Any],
@@ -362,7 +366,7 @@ def _own_data(values: Mapping[str, Any], recipe: Mapping[str, Any]) -> dict[str,
 
 
 def _eval_results(
-    data: dict[str, str], figures: list[tuple[str, str, float | None]], task_type: str = "image-classification"
+    data: dict[str, Any], figures: list[tuple[str, str, float | None]], task_type: str = "image-classification"
 ) -> list[EvalResult]:
     """Entries of a model-index from (metric, its name in words, value); what was not measured is left out."""
     return [

@@ -19,13 +19,14 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from transformers import PreTrainedModel
 
 from ..configuration_mimae import MIMAEConfig
 from ..data.words import some
 from ..modeling_mimae import MIMAEForImageClassification, MIMAEForPreTraining, MIMAEModel, MIMAEPreTrainedModel
 
 # MI-MAE without its information terms: what any MAE checkpoint is
-PLAIN_MAE = {"num_masks": 1, "mi_max_weight": 0.0, "mi_min_weight": 0.0}
+PLAIN_MAE: dict[str, Any] = {"num_masks": 1, "mi_max_weight": 0.0, "mi_min_weight": 0.0}
 
 # width → heads, of models_mae.py and of DeiT's smaller sizes
 _HEADS = {"": {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}, "decoder_": {512: 16}}
@@ -56,7 +57,7 @@ _OUR_PARTS = {official: ours for ours, official in _OFFICIAL_PARTS.items()}
 _OURS_ALONE = ("approximator.", "mi_gate.")
 
 
-def official_state(model: MIMAEPreTrainedModel) -> dict[str, torch.Tensor]:
+def official_state(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """The model's parameters under the official names; the approximator V and the gate have none and stay behind."""
     state = model.state_dict(prefix="" if hasattr(model, "vit") else "vit.")
     merged = {}
@@ -83,6 +84,7 @@ def model_from_official(state: Mapping[str, torch.Tensor], **known: Any) -> MIMA
         ValueError: see `config_from_official`; names or shapes that no such model has.
     """
     config = config_from_official(state, **known)
+    model: MIMAEForPreTraining | MIMAEForImageClassification | MIMAEModel
     if "decoder_embed.weight" in state:
         model = MIMAEForPreTraining(config)
     elif "head.weight" in state:
@@ -129,7 +131,7 @@ def config_from_official(state: Mapping[str, torch.Tensor], **known: Any) -> MIM
         raise ValueError(str(error)) from error
 
 
-def read_official_file(path: str | os.PathLike) -> dict[str, torch.Tensor]:
+def read_official_file(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
     """The parameters in an official `.pth` file, its entry "model" or all of it, or in a `.safetensors` file.
 
     Nothing in the file is executed: beside tensors and plain values, only an `argparse.Namespace` is taken, in which
@@ -158,7 +160,7 @@ def read_official_file(path: str | os.PathLike) -> dict[str, torch.Tensor]:
 
 def _our_state(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """`official_state` reversed; without what a model of ours alone has."""
-    ours = {}
+    ours: dict[str, torch.Tensor] = {}
     for official, value in state.items():
         name = _rename(official, _OUR_PREFIXES, _OUR_PARTS)
         if ".attention.qkv." in name:

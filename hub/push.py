@@ -23,6 +23,7 @@ from huggingface_hub.errors import OfflineModeIsEnabled
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from ..families.registry import family_of
+from ..modeling_mim import MIMForImageClassificationMixin
 from .export import export, load_source
 from .model_card import write_backbone_card
 from .privacy import holds_token, public
@@ -209,7 +210,7 @@ def _push_backbone(uploader: Uploader, folder: Path, report: PushReport, branch:
         exported = Path(scratch) / "backbone"
         try:
             source = load_source(folder)
-            if source.is_classifier:
+            if isinstance(source.model, MIMForImageClassificationMixin):
                 source = replace(source, model=source.model.base_model)  # the head stays with the model
             stock = family_of(type(source.model)).stock
             if stock is None:

@@ -63,7 +63,7 @@ class Uploader:
         stale = set(present) - files.keys() - {".gitattributes"}
         self._commit(repo_id, [*_additions(files), *map(CommitOperationDelete, sorted(stale))], branch)
 
-    def _commit(self, repo_id: str, operations: list, branch: str | None) -> None:
+    def _commit(self, repo_id: str, operations: list[Any], branch: str | None) -> None:
         additions = [operation for operation in operations if isinstance(operation, CommitOperationAdd)]
         # huggingface_hub repeats the requests of this step itself, but neither those of the commit nor of the others
         self.api.preupload_lfs_files(repo_id, additions, revision=branch, free_memory=False)

@@ -67,7 +67,7 @@ def imagenet_tests(
     return tests
 
 
-def _open_set(key: str, folder: str | os.PathLike) -> ImageSource:
+def _open_set(key: str, folder: str | os.PathLike[str]) -> ImageSource:
     return open_image_source(train_dir=folder, flag=f"--{key}_dir")
 
 

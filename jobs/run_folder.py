@@ -105,7 +105,7 @@ class OutputDirLock:
     closing any other handle on `.lock` in that process drops it.
     """
 
-    def __init__(self, output_dir: str | os.PathLike):
+    def __init__(self, output_dir: str | os.PathLike[str]):
         self.path = Path(output_dir) / LOCK_NAME
         self._descriptor: int | None = None
 

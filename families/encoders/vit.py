@@ -46,7 +46,7 @@ def fit_positions(state: StateDict, there: MIMAEConfig, model: PreTrainedModel) 
 
 def fit_relative_positions(weight: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     """Relative positions of a `MIMAEBackbone` for another grid."""
-    return resize_bias(weight, tuple(shape[1:])) if weight.ndim == 3 else resize_embeddings(weight, shape[0])
+    return resize_bias(weight, (shape[1], shape[2])) if weight.ndim == 3 else resize_embeddings(weight, shape[0])
 
 
 def stock_fields(fields: Mapping[str, Any], is_classifier: bool) -> dict[str, Any]:

@@ -74,7 +74,7 @@ class WeightAverage(TrainerCallback):
         finally:
             model.load_state_dict(trained)
 
-    def load(self, checkpoint: str | os.PathLike) -> None:
+    def load(self, checkpoint: str | os.PathLike[str]) -> None:
         """Restores the average that a checkpoint holds.
 
         Raises:

@@ -82,7 +82,7 @@ class DownstreamTrainer(Trainer):
             raise ValueError("evaluation needs an eval_loader, and this trainer was given none")
         return loader
 
-    def train_until_stopped(self, checkpoint: str | os.PathLike | None = None) -> None:
+    def train_until_stopped(self, checkpoint: str | os.PathLike[str] | None = None) -> None:
         """Trains to the end, from a checkpoint if there is one, or to the step in which a stop signal comes.
 
         Raises:
@@ -95,7 +95,7 @@ class DownstreamTrainer(Trainer):
         if stop.signum and self.state.global_step < self.args.max_steps:
             raise RunStopped(stop.signum)
 
-    def take_over(self, checkpoint: str | os.PathLike) -> None:
+    def take_over(self, checkpoint: str | os.PathLike[str]) -> None:
         """Takes over the result of the run that finished at this checkpoint: its weights, or their average."""
         self._load_from_checkpoint(str(checkpoint))
         if self.weight_average:
