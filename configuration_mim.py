@@ -5,7 +5,7 @@ Symbols are the paper's (MI-MAE, ICLR 2025); defaults are its ImageNet recipe.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from .masking import complete_num_masks, num_visible_patches
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         num_channels: int = 3
         hidden_size: int = 768
         num_labels: int = 2
+        id2label: dict[int, str] = field(default_factory=dict)  # transformers fills it in
 else:
     _EncoderConfig = object
 

@@ -230,6 +230,10 @@ class MIMPreTrainedMixin(_StockModel):
 
     config: MIMConfigMixin
     config_class: type[MIMConfigMixin]
+    if TYPE_CHECKING:  # transformers' own is annotated as a function that is no method
+
+        def to(self, *args: Any, **kwargs: Any) -> Self: ...  # type: ignore[override]
+
     # V predicts a variance that is divided by; bfloat16 weights would not do
     _keep_in_fp32_modules_strict: Any = ("approximator",)
     # `Trainer` is told that the losses are means over a batch; else it would not average them over accumulated batches
@@ -242,6 +246,10 @@ class MIMPreTrainedMixin(_StockModel):
             init.zeros_(module.bias)
         elif isinstance(module, InformationGate):
             init.zeros_(module.is_open)
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters with more than one dimension that do not decay, in timm's convention: none."""
+        return set()
 
     def freeze_fixed_parameters(self) -> None:
         """V is not trained in ablation (d); loading a checkpoint would make it trainable."""

@@ -263,10 +263,6 @@ class MIMAEPreTrainedModel(MIMPreTrainedMixin, ViTMAEPreTrainedModel):
             elif isinstance(module, ViTMAEDecoder):
                 module.decoder_pos_embed.requires_grad_(False)
 
-    def no_weight_decay(self) -> set[str]:
-        """Names of the parameters with more than one dimension that do not decay, in timm's convention: none."""
-        return set()
-
 
 def build_blocks(config: MIMAEConfig, make: Callable[[int], ViTMAELayer]) -> nn.ModuleList:
     """The encoder's blocks, each made from its index, with drop path at a rate that grows from 0 in the first."""

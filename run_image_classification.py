@@ -25,7 +25,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import set_seed
 from torch import nn
-from transformers import EvalPrediction, PreTrainedModel, ViTImageProcessor
+from transformers import EvalPrediction, ViTImageProcessor
 
 from mimae.data.batches.classification import ClassificationEvaluationLoader, ClassificationLoader
 from mimae.data.images.augmentation import Mixing, Transform, finetuning_transform, mixing, normalized, probe_transform
@@ -48,6 +48,7 @@ from mimae.jobs.features import gather_features
 from mimae.jobs.monitors import probe_indices
 from mimae.jobs.robustness import RobustnessTest, corruption_test, imagenet_tests
 from mimae.jobs.start import start_processes
+from mimae.modeling_mim import MIMEncoderMixin, MIMForImageClassificationMixin
 from mimae.training.hf_trainer.classification import ClassificationTrainer, Tested
 from mimae.training.linear_probe import LinearProbe, build_probe_lars, metrics_of_heads
 from mimae.training.optimization import WarmupCosine, WarmupSchedule, build_finetuning_adamw
@@ -226,7 +227,7 @@ class ClassificationRun(DownstreamRun):
             "imagenet_sketch": data_args.imagenet_sketch_dir,
             "imagenet_c": data_args.imagenet_c_dir,
         }
-        read = {"image_size": self.image_size, "loader_of": self.evaluation_loader}
+        read: dict[str, Any] = {"image_size": self.image_size, "loader_of": self.evaluation_loader}
         tests = imagenet_tests(folders, names, tester_of=self.tester, **read)
         if data_args.corruptions:
             tests["corruptions"] = corruption_test(
@@ -243,13 +244,14 @@ class ClassificationRun(DownstreamRun):
     ) -> dict[str, Any]:
         """Results of a classifier: its test on the held-out images, and those on further sets."""
         metrics, classes, targets = test
+        classifier: Any = trainer.model
         return {
             "test_images": len(targets),
             "metrics": metrics,
             "robustness": {key: further_test(trainer) for key, further_test in further.items()},
             "label_names": names,
             "predictions": (targets, classes[:, 0]),
-            "features": self.pictured_features(trainer.model, names),
+            "features": self.pictured_features(classifier, names),
         }
 
     # --- images -----------------------------------------------------------------------------------------------------
@@ -321,11 +323,13 @@ class ClassificationRun(DownstreamRun):
 
     # --- models -----------------------------------------------------------------------------------------------------
 
-    def load_encoder(self) -> PreTrainedModel:
+    def load_encoder(self) -> MIMEncoderMixin:
         """The encoder, whose `pooler_output` is pooled as the flags say."""
         return self.load(self.family.encoder_class, self.start.config(**self.family.poolings[self.pooling]))
 
-    def probing_classifier(self, encoder: PreTrainedModel, linear: nn.Linear, names: Sequence[str]) -> PreTrainedModel:
+    def probing_classifier(
+        self, encoder: MIMEncoderMixin, linear: nn.Linear, names: Sequence[str]
+    ) -> MIMForImageClassificationMixin:
         """A frozen encoder and the classifier probed on its features, as one model."""
         config = self.start.config(numbered(names), **self.family.poolings[self.pooling])
         model = self.family.classification_class(config)
@@ -404,7 +408,7 @@ class ClassificationRun(DownstreamRun):
 
     def features(
         self,
-        model: nn.Module,
+        model: MIMEncoderMixin | MIMForImageClassificationMixin,
         source: ImageSource,
         names: Sequence[str] | None = None,
         indices: np.ndarray | None = None,
@@ -424,7 +428,9 @@ class ClassificationRun(DownstreamRun):
         )
         return features, labels if names is None else label_map(source, names)[labels]
 
-    def pictured_features(self, model: nn.Module, names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    def pictured_features(
+        self, model: MIMEncoderMixin | MIMForImageClassificationMixin, names: Sequence[str]
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Features and labels of a part of the held-out images, for their map."""
         return self.features(model, self.held_out_images, names, probe_indices(self.held_out_images, PICTURED_IMAGES))
 

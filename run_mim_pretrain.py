@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, set_seed
-from transformers import PreTrainedConfig, PreTrainedModel
 
+from mimae.configuration_mim import MIMConfigMixin
 from mimae.data.batches.loaders import PretrainingLoader, evaluation_batches
 from mimae.data.images.processor import build_image_processor, channel_statistics
 from mimae.data.images.transforms import Normalization, evaluation_transform, pretraining_transform
@@ -43,6 +43,7 @@ from mimae.jobs.publishing import claim_repository, publish
 from mimae.jobs.results import device_name, write_results
 from mimae.jobs.run_folder import clear_output_dir, run_name
 from mimae.jobs.start import start_processes
+from mimae.modeling_mim import MIMForPreTrainingMixin
 from mimae.training.attention import default_attention
 from mimae.training.checkpoints.store import CheckpointStore
 from mimae.training.observer import TrainingObserver
@@ -161,11 +162,11 @@ def main(argv: Sequence[str] | None = None, observer: TrainingObserver | None = 
 
 def build_model(
     family: Family,
-    config: PreTrainedConfig,
+    config: MIMConfigMixin,
     model_args: ModelArguments,
     start: str | None,
     accelerator: Accelerator,
-) -> PreTrainedModel:
+) -> MIMForPreTrainingMixin:
     """The model, from scratch or with the weights of the checkpoint `start`."""
     attention = model_args.attn_implementation or default_attention(accelerator.device, accelerator.mixed_precision)
     model = pretraining_model(family, config, start, attention)
@@ -188,7 +189,7 @@ def build_accelerator(args: PretrainingArguments, output_dir: Path) -> Accelerat
 
 def build_loader(
     source: ImageSource,
-    config: PreTrainedConfig,
+    config: MIMConfigMixin,
     data_args: DataArguments,
     args: PretrainingArguments,
     accelerator: Accelerator,
@@ -222,7 +223,7 @@ def build_schedule(
 ) -> WarmupSchedule:
     """Learning rate and length of the run."""
     warmup_steps = args.warmup_steps
-    common = {
+    common: dict[str, Any] = {
         "peak": scaled_learning_rate(
             args.base_learning_rate, images_per_step, num_views, args.lr_batch_unit, args.lr_base_batch
         ),
@@ -231,8 +232,8 @@ def build_schedule(
         "total_steps": in_steps(args.max_train_steps, args.num_train_epochs, steps_per_epoch),
     }
     if args.lr_scheduler_type == "multistep":
-        milestones = tuple(round(epoch * steps_per_epoch) for epoch in args.lr_milestone_epochs)
-        schedule = WarmupMultiStep(**common, milestones=milestones, gamma=args.lr_gamma)
+        milestones = tuple(round(epoch * steps_per_epoch) for epoch in args.lr_milestone_epochs or ())
+        schedule: WarmupSchedule = WarmupMultiStep(**common, milestones=milestones, gamma=args.lr_gamma)
     else:
         schedule = WarmupCosine(**common, final=args.min_learning_rate)
     logger.info(
@@ -250,14 +251,14 @@ def build_schedule(
 def build_evaluation(
     source: ImageSource,
     probe_source: ImageSource | None,
-    config: PreTrainedConfig,
+    config: MIMConfigMixin,
     data_args: DataArguments,
     args: PretrainingArguments,
     normalization: Normalization,
     output_dir: Path,
 ) -> Evaluation:
     """Pictures of a few images, and a probe where there are labels."""
-    read = {
+    read: dict[str, Any] = {
         "transform": evaluation_transform(config.image_size_2d, crop_ratio=args.evaluation_crop_ratio),
         "num_channels": config.num_channels,
         "batch_size": args.per_device_train_batch_size,
@@ -293,7 +294,7 @@ def build_evaluation(
 def run_settings(
     data_args: DataArguments,
     args: PretrainingArguments,
-    config: PreTrainedConfig,
+    config: MIMConfigMixin,
     normalization: Normalization,
     loader: PretrainingLoader,
     schedule: WarmupSchedule,
@@ -322,7 +323,7 @@ def facts_of(
     model_args: ModelArguments,
     data_args: DataArguments,
     args: PretrainingArguments,
-    config: PreTrainedConfig,
+    config: MIMConfigMixin,
     trainer: Pretrainer,
     steps_per_epoch: int,
     seconds: float,

@@ -114,7 +114,7 @@ class DetectionRun(DenseRun):
         """Mask R-CNN on the encoder."""
         args = self.args
         return build_mask_rcnn(
-            self.load(self.family.backbone_class, self.start.config()),
+            self.load_backbone(),
             id2label=dict(enumerate(self.training_images.class_names)),
             pyramid_channels=args.pyramid_channels,
             box_conv_channels=[args.head_channels] * CONVOLUTIONS,
@@ -158,7 +158,7 @@ class DetectionRun(DenseRun):
         together(detect)
         if PartialState().num_processes > 1:
             records, image_ids = gather_object(records), gather_object(image_ids)
-        return detection_metrics(self.data_args.validation_annotation_file, records, image_ids=image_ids)
+        return detection_metrics(source.name, records, image_ids=image_ids)
 
     def draw(self, path: Path) -> None:
         """Objects, and what was detected."""
@@ -173,7 +173,7 @@ def open_annotated(split: str, annotation_file: str | None, image_dir: str | Non
         RecipeError: the flags of this split are missing.
         ValueError: there is no object at all; see also `CocoSource`.
     """
-    if annotation_file is None:
+    if annotation_file is None or image_dir is None:
         raise RecipeError(f"there are no images: give --{split}_annotation_file and --{split}_image_dir")
     source = CocoSource(annotation_file, image_dir, keep_empty=keep_empty)
     if source.num_objects == 0:

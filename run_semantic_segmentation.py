@@ -105,7 +105,7 @@ class SegmentationRun(DenseRun):
     @property
     def training_transform(self) -> DenseTransform:
         """Scale jitter, crop, flip and photometric distortion."""
-        args = self.args
+        args: Any = self.args  # their `__post_init__` has set what was None
         return segmentation_training_transform(
             args.crop_size,
             mean=self.mean,
@@ -120,9 +120,8 @@ class SegmentationRun(DenseRun):
     @property
     def evaluation_transform(self) -> DenseTransform:
         """Resizes the whole image."""
-        return segmentation_evaluation_transform(
-            self.args.short_side, self.args.long_side_limit, mean=self.mean, std=self.std
-        )
+        args: Any = self.args
+        return segmentation_evaluation_transform(args.short_side, args.long_side_limit, mean=self.mean, std=self.std)
 
     @property
     def image_processor(self) -> SegformerImageProcessor:
@@ -139,9 +138,8 @@ class SegmentationRun(DenseRun):
 
     def build_model(self) -> UperNet:
         """UperNet on the encoder; on several GPUs its batch statistics are those of all of them."""
-        config = self.start.config(image_size=self.args.crop_size, add_fpn=True)
         model = build_upernet(
-            self.load(self.family.backbone_class, config),
+            self.load_backbone(image_size=self.args.crop_size, add_fpn=True),
             id2label=dict(enumerate(self.training_images.class_names)),
             channels=self.args.upernet_channels,
             auxiliary_channels=self.args.auxiliary_channels,
@@ -164,6 +162,7 @@ class SegmentationRun(DenseRun):
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """mIoU, mAcc and aAcc of windows that slide over each image."""
+        args: Any = self.args
         names = self.training_images.class_names
         metric = MeanIoU(len(names))
 
@@ -173,8 +172,8 @@ class SegmentationRun(DenseRun):
                     lambda pixel_values: model(pixel_values).logits,
                     sample.pixel_values,
                     sample.target.shape,
-                    crop_size=self.args.crop_size,
-                    stride=self.args.stride,
+                    crop_size=args.crop_size,
+                    stride=args.stride,
                     num_classes=len(names),
                 )
                 metric.add(prediction=prediction, reference=sample.target.to(self.device))
@@ -182,7 +181,7 @@ class SegmentationRun(DenseRun):
 
         together(predict)
         metric.confusion_matrix = reduce(metric.confusion_matrix.to(self.device), "sum").cpu()
-        metrics = metric.compute()
+        metrics: dict[str, Any] = metric.compute()
         self.per_class = dict(zip(names, metrics.pop("per_class_iou"), strict=True))
         return metrics
 

@@ -1,6 +1,7 @@
 """What was tried for a faster step and can be tried again: each beside the step as it is."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -33,7 +34,7 @@ def measure(device: torch.device, *, quick: bool) -> Measurement:
     return Measurement("Each candidate alone is changed.", [table])
 
 
-def predict_every_patch(model: nn.Module) -> None:
+def predict_every_patch(model: Any) -> None:
     """As it was at first: the visible patches are predicted, too, though no loss needs them."""
     model.return_logits = True
 
@@ -59,7 +60,9 @@ def project_at_once(model: nn.Module) -> None:
 class AttentionOfOneProjection(ViTMAEAttention):
     """With the keys of the stock attention on disk."""
 
-    def forward(self, hidden_states: torch.Tensor, *_: None, **kwargs) -> tuple[torch.Tensor, None]:
+    def forward(  # type: ignore[override]  # only the blocks call it
+        self, hidden_states: torch.Tensor, *_: None, **kwargs: Any
+    ) -> tuple[torch.Tensor, None]:
         parts = (self.q_proj, self.k_proj, self.v_proj)
         weight, bias = (torch.cat([getattr(part, name) for part in parts]) for name in ("weight", "bias"))
         projected = nn.functional.linear(hidden_states, weight, bias).unflatten(-1, (3, self.num_attention_heads, -1))

@@ -159,18 +159,19 @@ def measure_parts(count: int, rounds: int) -> Table:
     """What each part of our way takes, in a loop of its own, at 224 px and quality 96."""
     encoded = jpegs(count, QUALITIES[0])
     images = [decode_image(each, 3) for each in encoded]
-    crop, flip = pretraining_transform(224).transforms
+    pipeline: Any = pretraining_transform(224)
+    crop, flip = pipeline.transforms
     places = [crop.make_params([image]) for image in images]
     crops = (v2.functional.crop(image, **place) for image, place in zip(images, places, strict=True))
     cut = [encode(v2.functional.to_pil_image(each), QUALITIES[0]) for each in crops]
     views = [crop(image) for image in images]
     loader = loader_over(EncodedSource(encoded), 224, count)
     shape = loader.sample_options["noise_shape"]
-    parts = {
+    parts: dict[str, Callable[[], object]] = {
         "decode": lambda: [decode_image(each, 3) for each in encoded],
         "crop and resize": lambda: [crop(image) for image in images],
         "flip": lambda: [flip(view) for view in views],
-        "seed": lambda: [seed_torch(augmentation_seed(0, 0, index)) for index in range(count)],
+        "seed": lambda: list(map(seed_torch, [augmentation_seed(0, 0, index) for index in range(count)])),
         "noise": lambda: [sample_noise(0, 0, index, shape) for index in range(count)],
         "stack": lambda: torch.stack(views),
         WHOLE: partial(next, loader.batches()),

@@ -71,7 +71,7 @@ def measure_steps(device: torch.device, *, quick: bool) -> tuple[Table, float, f
 
 def number_of_workers(device: torch.device) -> int:
     """One for each core beside a GPU; one beside a step that runs on the cores itself."""
-    return os.cpu_count() if device.type == "cuda" else 1
+    return (os.cpu_count() or 1) if device.type == "cuda" else 1
 
 
 def sources_over(encoded: list[bytes], folder: Path) -> dict[str, ImageSource]:

@@ -42,7 +42,7 @@ def scenes(folder: Path, size: int) -> Path:
     return folder
 
 
-def segmentation(folder: Path) -> tuple[torch.nn.Module, DenseSource, Any]:
+def segmentation(folder: Path) -> tuple[Any, DenseSource, Any]:
     """UperNet as MAE has it for ADE20K, its images and its augmentation."""
     source = open_segmentation_source(train_dir=scenes(folder, CROP_SIZE))
     config = MIMAEConfig.preset(
@@ -56,7 +56,7 @@ def segmentation(folder: Path) -> tuple[torch.nn.Module, DenseSource, Any]:
     return model, source, transform
 
 
-def detection(folder: Path) -> tuple[torch.nn.Module, DenseSource, Any]:
+def detection(folder: Path) -> tuple[Any, DenseSource, Any]:
     """Mask R-CNN as ViTDet has it for COCO, its images and its augmentation."""
     size = VITDET_BASE["image_size"]
     scenes(folder, size)

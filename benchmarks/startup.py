@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -67,7 +67,7 @@ def measure(device: torch.device, *, quick: bool) -> Measurement:
     with TemporaryDirectory() as folder:
         recipe = Path(folder, "vit_base.yaml")
         recipe.write_text(VIT_BASE, encoding="utf-8")
-        commands = {LAUNCHED: (*LAUNCHER, SCRIPT)}
+        commands: dict[str, tuple[str, ...]] = {LAUNCHED: (*LAUNCHER, SCRIPT)}
         if not quick:
             commands |= {
                 "demo, `accelerate-launch`": (*LAUNCHER_ALONE, SCRIPT),
@@ -75,7 +75,9 @@ def measure(device: torch.device, *, quick: bool) -> Measurement:
                 "ViT-B at 224 px, 2 digits a step, no probe, `python`": (*DEMO, "--config", str(recipe)),
             }
         starts: dict[str, list[Start]] = {name: [] for name in commands}
-        contestants = {name: partial(add_start, starts[name], command) for name, command in commands.items()}
+        contestants: dict[str, Callable[[], object]] = {
+            name: partial(add_start, starts[name], command) for name, command in commands.items()
+        }
         contestants[BASELINE] = partial(subprocess.run, [sys.executable, "-c", IMPORTS], check=True)
         imported = take_turns(contestants, rounds=rounds, warm_up=warm_up, device=device)[BASELINE]
         timed = {name: all_starts[warm_up:] for name, all_starts in starts.items()}

@@ -38,12 +38,13 @@ from ..configuration_mimae import MIMAEConfig
 from ..families.family import FAMILIES
 from ..families.registry import family_named
 from .feature_pyramid import LEVEL_NAMES, ChannelNorm, SimpleFeaturePyramid
+from .model import DenseModelMixin
 
 # of a level of the pyramid, relative to the patches
 LEVEL_STRIDES = (1 / 4, 1 / 2, 1, 2, 4)
 
 # ViTDet-B for COCO; window attention in all but every third block
-VITDET_BASE = {
+VITDET_BASE: dict[str, Any] = {
     "image_size": 1024,
     "window_size": 14,
     "use_relative_position_embeddings": True,
@@ -220,19 +221,13 @@ class RoIAlign(MultiScaleRoIAlign):
         return super().forward(x, boxes, [(height * self.stride, width * self.stride)])
 
 
-class MaskRCNNForInstanceSegmentation(PreTrainedModel):
+class MaskRCNNForInstanceSegmentation(DenseModelMixin, PreTrainedModel):
     """Boxes, classes and masks of the objects in an image; its encoder is `backbone`, for layer decay."""
 
-    base_model: PreTrainedModel
     config: MaskRCNNConfig
     config_class = MaskRCNNConfig
-    base_model_prefix = "backbone"
     main_input_name = "pixel_values"
     input_modalities: Any = ("image",)
-    supports_gradient_checkpointing = True
-    _supports_sdpa = True
-    # `Trainer` is told that the losses are means over a batch; else it would not average them over accumulated batches
-    accepts_loss_kwargs = False
 
     def __init__(self, config: MaskRCNNConfig):
         super().__init__(config)
@@ -292,14 +287,6 @@ class MaskRCNNForInstanceSegmentation(PreTrainedModel):
             return MaskRCNNOutput(detections=[{**each, "labels": each["labels"] - 1} for each in detections])
         losses = {_LOSS_NAMES[name]: loss for name, loss in (rpn_losses | roi_losses).items()}
         return MaskRCNNOutput(loss=sum(losses.values()), **losses)
-
-    def no_weight_decay(self) -> set[str]:
-        """Names of the parameters with more than one dimension that do not decay: the encoder's."""
-        return {f"backbone.{name}" for name in self.backbone.no_weight_decay()}
-
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """As in transformers, but files hold the names of `state_dict()`; see `MIMPreTrainedMixin`."""
-        super().save_pretrained(*args, **{"save_original_format": False, **kwargs})
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

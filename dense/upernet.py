@@ -4,27 +4,21 @@ B images of C channels and H x W pixels, K classes.
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel, UperNetConfig, UperNetForSemanticSegmentation
 from transformers.modeling_outputs import SemanticSegmenterOutput
 
+from .model import DenseModelMixin
 
-class UperNet(UperNetForSemanticSegmentation):
+
+class UperNet(DenseModelMixin, UperNetForSemanticSegmentation):
     """transformers' UperNet, whose loss is 0 instead of NaN where no pixel of a batch has a class.
 
     Its files are those of a `UperNetForSemanticSegmentation`. On several GPUs
     `torch.nn.SyncBatchNorm.convert_sync_batchnorm` makes the batch statistics those of all of them.
     """
-
-    base_model: PreTrainedModel
-    base_model_prefix = "backbone"
-    supports_gradient_checkpointing = True
-    _supports_sdpa = True
-    # `Trainer` is told that the losses are means over a batch; else it would not average them over accumulated batches
-    accepts_loss_kwargs = False
 
     def forward(self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None) -> SemanticSegmenterOutput:
         """Logits (B, K, H, W), and the loss where there are labels.
@@ -54,14 +48,6 @@ class UperNet(UperNetForSemanticSegmentation):
 
     def _upsample(self, logits: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
         return nn.functional.interpolate(logits, size=pixel_values.shape[-2:], mode="bilinear")  # (B, K, H, W)
-
-    def no_weight_decay(self) -> set[str]:
-        """Names of the parameters with more than one dimension that do not decay: the encoder's."""
-        return {f"backbone.{name}" for name in self.backbone.no_weight_decay()}
-
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """As in transformers, but files hold the names of `state_dict()`; see `MIMPreTrainedMixin`."""
-        super().save_pretrained(*args, **{"save_original_format": False, **kwargs})
 
 
 def mean_cross_entropy(logits: torch.Tensor, labels: torch.Tensor, ignored: int) -> torch.Tensor:

@@ -4,6 +4,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from mimae.training.checkpoints.store import CheckpointStore, verify
 
@@ -47,7 +48,8 @@ def damage_to_each_file(folder: Path) -> Outcome:
     """Damages every file of the newest checkpoint in every way, one at a time; then a run resumes past each way."""
     whole = reference(folder / "whole", STEPS)
     store = CheckpointStore(whole.output_dir)
-    newest, older = store.latest(), whole.output_dir / f"checkpoint-{STEPS - SAVE_INTERVAL}"
+    newest: Any = store.latest()
+    older = whole.output_dir / f"checkpoint-{STEPS - SAVE_INTERVAL}"
     files = sorted(path for path in newest.rglob("*") if path.is_file())
     injected = detected = 0
     for path in files:

@@ -4,6 +4,7 @@ import io
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,7 +46,7 @@ def bad_images(folder: Path) -> Outcome:
     """One image in a hundred is bad; a run is killed among them and resumed; then a limit is set below them."""
     images, bad = with_bad_ones(sets.encoded_digits())
     steps = 2 * (len(images) // GLOBAL_BATCH_SIZE)
-    flags = {"train_dir": sets.write_folder(folder / "images", images), "cache_dir": folder / "cache"}
+    flags: dict[str, Any] = {"train_dir": sets.write_folder(folder / "images", images), "cache_dir": folder / "cache"}
     # the last checkpoint lies some bad images before the kill
     whole = reference(folder / "whole", steps, checkpointing_steps=16, max_bad_image_fraction=0.02, **flags)
     killed = killed_once(folder / "killed", whole, after=steps * 2 // 3)
@@ -97,7 +98,7 @@ def odd_formats(folder: Path) -> Outcome:
     files = odd_files()
     wrong = [name for name, (content, expected) in files.items() if not shows(content, expected)]
     images = [content for content, _ in files.values()]
-    flags = {"train_dir": sets.write_folder(folder / "images", images), "cache_dir": folder / "cache"}
+    flags: dict[str, Any] = {"train_dir": sets.write_folder(folder / "images", images), "cache_dir": folder / "cache"}
     flags |= {"num_channels": 3, "per_device_train_batch_size": len(files), "max_train_steps": 3}
     bad = Run(folder / "run", flags).finish().series("bad_images")
     return Outcome(

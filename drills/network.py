@@ -38,7 +38,8 @@ class Weather:
         self.fault_rate, self.is_out = 0.0, False
         self.faults: Counter[str] = Counter()
         self._chance = random.Random(seed)
-        self._turns = {kinds: cycle(kinds) for kinds in (FAULTS, FAULTS_BEFORE_THE_BODY)}
+        kinds: tuple[tuple[str, ...], ...] = (FAULTS, FAULTS_BEFORE_THE_BODY)
+        self._turns = {each: cycle(each) for each in kinds}
 
     def next_fault(self, possible: tuple[str, ...]) -> str:
         """What happens to a request: one of these, by turns."""

@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -116,7 +117,9 @@ def losses_on_two_sides_of_the_gate(folder: Path) -> Outcome:
     two.finish(gradients=True, **options)
     losses = [{line["step"]: line["reconstruction_loss"] for line in two.record.passes(rank)} for rank in (0, 1)]
     straddling = sum(losses[0][step] < flags["mi_gate_threshold"] < losses[1][step] for step in losses[0])
-    opened = [next((step for step, open in run.series("mi_active").items() if open), None) for run in (alone, two)]
+    opened: list[Any] = [
+        next((step for step, open in run.series("mi_active").items() if open), None) for run in (alone, two)
+    ]
     same_gate = opened[0] == opened[1] and None not in opened
     difference = largest_difference(alone, two)
     of_gradient = gradient_difference(alone, two, step=opened[1]) if same_gate else math.inf
@@ -137,7 +140,7 @@ def gradients(folder: Path, world_sizes: tuple[int, ...], accumulations: tuple[i
     """The gradient of the first step, of several processes against one, with and without accumulation."""
     differences = {}
     for accumulation in accumulations:
-        flags = {"max_train_steps": 2, "gradient_accumulation_steps": accumulation, **NO_CHANCE}
+        flags: dict[str, Any] = {"max_train_steps": 2, "gradient_accumulation_steps": accumulation, **NO_CHANCE}
         flags |= {"mi_gate_threshold": 100.0}  # open from the start
         alone, *others = (
             Run(

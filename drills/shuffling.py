@@ -74,7 +74,7 @@ def block_sizes() -> np.ndarray:
     """Rows of each row group: int64 (groups,)."""
     per_shard = np.diff(np.linspace(0, NUM_IMAGES, SHARDS + 1).astype(np.int64))
     groups = [[ROWS_PER_GROUP] * (rows // ROWS_PER_GROUP) + [rows % ROWS_PER_GROUP] for rows in per_shard.tolist()]
-    sizes = np.concatenate(groups)
+    sizes: np.ndarray = np.concatenate(groups)
     return sizes[sizes > 0]
 
 

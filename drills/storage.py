@@ -4,6 +4,7 @@ import pickle
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from mimae.training.checkpoints.store import seal
 
@@ -55,7 +56,7 @@ def full_disk(folder: Path) -> Outcome:
 
 def mount(folder: Path, size: int, *options: str) -> None:
     """A file system of `size` bytes in memory. Raises: CalledProcessError, FileNotFoundError."""
-    command = ["mount", "-t", "tmpfs", "-o", ",".join([*options, f"size={size}"]), "mimae-drill", folder]
+    command = ["mount", "-t", "tmpfs", "-o", ",".join([*options, f"size={size}"]), "mimae-drill", str(folder)]
     subprocess.run(command, check=True, capture_output=True, text=True)
 
 
@@ -65,7 +66,7 @@ class Trap:
     def __init__(self, traces: Path):
         self._traces = traces
 
-    def __reduce__(self) -> tuple[Callable, tuple]:
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         return Path.touch, (self._traces,)
 
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from ..data.batches.dense import DenseEvaluationLoader, DenseLoader, DenseSample
 from ..data.images.transforms import DenseTransform
 from ..data.sources.dense import DenseSource
+from ..dense.model import DenseModelMixin
 from ..families.registry import CONFIG_CLASSES
 from ..flags.data import ReadingArguments
 from ..flags.dense import DenseArguments
@@ -99,7 +100,7 @@ class DenseRun(DownstreamRun):
         """The transform of held-out images."""
 
     @abstractmethod
-    def build_model(self) -> PreTrainedModel:
+    def build_model(self) -> DenseModelMixin:
         """The model, its backbone from the checkpoint that the flags name."""
 
     @abstractmethod
@@ -147,6 +148,11 @@ class DenseRun(DownstreamRun):
             "per_class": self.per_class,
             "pictures": [PICTURE],
         }
+
+    def load_backbone(self, **fields: Any) -> PreTrainedModel:
+        """The encoder with the checkpoint's weights, and these fields on top of its configuration."""
+        backbone_class: Any = self.family.backbone_class  # there is one: see `StartingModel`
+        return self.load(backbone_class, self.start.config(**fields))
 
     def facts(self) -> dict[str, Any]:
         """Those of every run, and the training data."""

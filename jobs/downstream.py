@@ -11,12 +11,13 @@ from typing import Any, ClassVar
 
 import torch
 from accelerate import PartialState
-from torch.utils.data import DataLoader
 from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedModel, TrainingArguments
 
+from ..data.batches.supervised import TrainingLoader
 from ..data.images.processor import channel_statistics
 from ..data.sources.base import RowSource
 from ..families.starting_model import StartingModel
+from ..families.warm_start import Model
 from ..flags.downstream import DownstreamArguments
 from ..flags.hub import HubArguments
 from ..flags.model import ModelArguments
@@ -134,9 +135,7 @@ class DownstreamRun(ABC):
 
     # --- models -----------------------------------------------------------------------------------------------------
 
-    def load(
-        self, model_class: type[PreTrainedModel], config: PreTrainedConfig, with_head: bool = False
-    ) -> PreTrainedModel:
+    def load(self, model_class: type[Model], config: PreTrainedConfig, with_head: bool = False) -> Model:
         """The model as `StartingModel.load` makes it, and as the flags ask for."""
         model = self.start.load(
             model_class,
@@ -173,7 +172,7 @@ class DownstreamRun(ABC):
             "pin_memory": self.device.type == "cuda",
         }
 
-    def steps_per_epoch(self, loader: DataLoader) -> int:
+    def steps_per_epoch(self, loader: TrainingLoader) -> int:
         """Optimiser steps."""
         return math.ceil(len(loader) / self.args.gradient_accumulation_steps)
 
@@ -182,7 +181,7 @@ class DownstreamRun(ABC):
         return in_steps(self.args.max_train_steps, self.args.num_train_epochs, steps_per_epoch)
 
     def trainer_options(
-        self, loader: DataLoader, optimizer: torch.optim.Optimizer, schedule: WarmupSchedule
+        self, loader: TrainingLoader, optimizer: torch.optim.Optimizer, schedule: WarmupSchedule
     ) -> dict[str, Any]:
         """What every `DownstreamTrainer` that trains takes; `schedule` is of the optimiser's fastest group."""
         steps_per_epoch = self.steps_per_epoch(loader)
@@ -260,7 +259,7 @@ class DownstreamRun(ABC):
                 self.output_dir, self.args.resume_from_checkpoint, trainer.settings
             )
         self.begin()
-        if step < trainer.args.max_steps:
+        if checkpoint is None or step < trainer.args.max_steps:
             # dropped paths differ between processes; a checkpoint holds the random state of each
             torch.manual_seed(self.args.seed + PartialState().process_index)
             trainer.train_until_stopped(checkpoint)

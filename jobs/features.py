@@ -13,12 +13,12 @@ from accelerate.utils import gather_object
 
 from ..data.batches.loaders import evaluation_batches
 from ..data.sources.opening import ImageSource
-from ..evaluation.features import extract_features
+from ..evaluation.features import Encoder, extract_features
 from ..training.processes import together
 
 
 def gather_features(
-    model: torch.nn.Module,
+    model: Encoder,
     source: ImageSource,
     indices: np.ndarray,
     *,
@@ -28,7 +28,7 @@ def gather_features(
     """`extract_features` of a source's images; each process extracts its share, and all get all. Collective.
 
     Args:
-        model: anything with `encode`, on this process's device.
+        model: on this process's device.
         indices: which images (n,).
         normalize: uint8 pixels to what the model was trained on.
         read: how images are read: keyword arguments of `evaluation_batches`.

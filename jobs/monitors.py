@@ -5,16 +5,17 @@ Both see images without augmentation, and change nothing: not the model's mode, 
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import nn
 
 from ..data.images.transforms import Normalization
 from ..data.sources.opening import ImageSource
-from ..evaluation.features import evaluating
+from ..evaluation.features import Encoder, evaluating
 from ..evaluation.probes import knn_accuracy, linear_probe_accuracy
+from ..modeling_mim import MIMForPreTrainingMixin
 from ..pictures.reconstructions import save_reconstructions
 from ..training.processes import on_main_process
 from .features import gather_features
@@ -38,7 +39,7 @@ class ReconstructionMonitor:
         self._pixel_values, self._noise, self._normalize = pixel_values, noise, normalize
 
     @torch.no_grad()
-    def draw(self, model: nn.Module, accelerator: Accelerator, path: Path) -> None:
+    def draw(self, model: MIMForPreTrainingMixin, accelerator: Accelerator, path: Path) -> None:
         """Writes the picture. Collective: the model may gather its negatives."""
         pixel_values = self._normalize(self._pixel_values.to(accelerator.device))
         with evaluating(model):
@@ -75,12 +76,12 @@ class Probe:
         test_indices: np.ndarray,
         *,
         normalize: Normalization,
-        read: dict,
+        read: dict[str, Any],
     ):
         self._parts = ((train, train_indices), (test, test_indices))
         self._normalize, self._read = normalize, read
 
-    def measure(self, model: nn.Module, accelerator: Accelerator) -> dict[str, float]:
+    def measure(self, model: Encoder, accelerator: Accelerator) -> dict[str, float]:
         """`knn_accuracy` and `linear_accuracy`, in [0, 1]. Collective: each process extracts its share of features."""
         with accelerator.autocast():
             features = [
@@ -110,7 +111,7 @@ class Evaluation:
     def __init__(self, folder: Path, pictures: ReconstructionMonitor, probe: Probe | None):
         self._folder, self._pictures, self._probe = folder, pictures, probe
 
-    def __call__(self, model: nn.Module, accelerator: Accelerator, step: int) -> dict[str, float]:
+    def __call__(self, model: MIMForPreTrainingMixin, accelerator: Accelerator, step: int) -> dict[str, float]:
         """Draws, and returns the probe's metrics. Collective."""
         self._folder.mkdir(parents=True, exist_ok=True)
         self._pictures.draw(model, accelerator, self._folder / f"step-{step:07d}.png")

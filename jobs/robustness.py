@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 # of a trainer's model
 RobustnessTest = Callable[[ClassificationTrainer], dict[str, Any]]
 # images, names of the classes that their labels are places in, and what replaces the usual crop → batches
-LoaderOf = Callable[[ImageSource, Sequence[str], nn.Module | None], DataLoader]
+LoaderOf = Callable[[ImageSource, Sequence[str], nn.Module | None], DataLoader[Any]]
 
 
 def imagenet_tests(
@@ -95,14 +95,14 @@ def corruption_test(
     return partial(_corruption_errors, loaders, relative_to_alexnet=False)
 
 
-def _metrics(loader: DataLoader, trainer: ClassificationTrainer) -> dict[str, float]:
+def _metrics(loader: DataLoader[Any], trainer: ClassificationTrainer) -> dict[str, float]:
     metrics, _, _ = trainer.test(loader)
     return metrics
 
 
 def _restricted_metrics(
     positions: Sequence[int],
-    loader: DataLoader,
+    loader: DataLoader[Any],
     tester_of: Callable[[nn.Module], ClassificationTrainer],
     trainer: ClassificationTrainer,
 ) -> dict[str, float]:
@@ -111,7 +111,7 @@ def _restricted_metrics(
 
 
 def _corruption_errors(
-    loaders: Mapping[tuple[str, int], DataLoader], trainer: ClassificationTrainer, *, relative_to_alexnet: bool
+    loaders: Mapping[tuple[str, int], DataLoader[Any]], trainer: ClassificationTrainer, *, relative_to_alexnet: bool
 ) -> dict[str, Any]:
     """The `corruption_table` of a trainer's model, from images by corruption and severity."""
     errors = {}

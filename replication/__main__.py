@@ -103,7 +103,7 @@ def images_in(scale: Scale, train_dir: Path | None) -> str:
 
 def listing(scale: Scale, records: Records, device: str, jobs: int) -> list[str]:
     """The plan: of each group what there is to do, what is done, and the time that is left on this machine."""
-    rows = [
+    rows: list[list[Any]] = [
         [group.title, stages, stages - left, left, None if hours is None else hours / jobs]
         for group, stages, left, _, hours in price(scale, records, device)
     ]
@@ -125,7 +125,7 @@ def run_again(arm: Arm, scale: Scale, records: Records, folder: Path, machine: d
             break
     else:
         sys.exit(f"nothing is known of {arm.name} at the scale {scale.name}: there is no interval to compare with")
-    found = {}
+    found: dict[str, Any] = {}
     for stage in STAGES:
         if records.find(recorded[0], stage):
             print(f"{run}: {stage} ...", flush=True)

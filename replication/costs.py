@@ -84,5 +84,6 @@ def price(
         models |= again.keys()
         work = [*again.values(), *left]
         times = [seconds(run, stage, records, device) for run, stage in work]
-        hours = None if None in times else sum(times) / 3600
+        known = [each for each in times if each is not None]
+        hours = sum(known) / 3600 if len(known) == len(times) else None
         yield group, len(stages), len(left), sum(operations(run, stage) for run, stage in work), hours

@@ -16,12 +16,12 @@ from torch import nn
 from mimae.data.batches.loaders import evaluation_batches
 from mimae.data.images.processor import channel_statistics
 from mimae.data.images.transforms import Normalization, evaluation_transform
-from mimae.evaluation.features import evaluating, extract_features
+from mimae.evaluation.features import Encoder, evaluating, extract_features
 from mimae.evaluation.probes import knn_accuracy, linear_probe_accuracy
 from mimae.families.registry import family_named
 from mimae.flags.data import DataArguments
 from mimae.jobs.monitors import probe_indices
-from mimae.modeling_mim import EncoderOutput
+from mimae.modeling_mim import EncoderOutput, MIMForPreTrainingMixin
 
 BATCH = 500
 PROBE_IMAGES = 10_000  # of training, the same for all, that probes are fitted on
@@ -42,13 +42,15 @@ def measure_frozen(checkpoint: Path, recipe: Mapping[str, Any], device: torch.de
     """
     data = DataArguments(**{f.name: recipe[f.name] for f in fields(DataArguments) if f.name in recipe})
     train, test = data.open_split(data.train_split), data.open_held_out()
+    if test is None:
+        raise ValueError("the recipe names no held-out images")
     family = family_named(recipe.get("model_type"))
     model = family.pretraining_class.from_pretrained(checkpoint).to(device)
     config = model.config
     normalize = Normalization(
         *channel_statistics(config.num_channels, recipe.get("image_mean"), recipe.get("image_std")), device
     )
-    read = {
+    read: dict[str, Any] = {
         "transform": evaluation_transform(config.image_size_2d, crop_ratio=recipe["evaluation_crop_ratio"]),
         "num_channels": config.num_channels,
         "batch_size": BATCH,
@@ -80,7 +82,9 @@ def measure_frozen(checkpoint: Path, recipe: Mapping[str, Any], device: torch.de
 class Poolings(nn.Module):
     """An encoder whose `pooler_output` has several poolings of its tokens side by side, in the order of `names`."""
 
-    def __init__(self, encoder: nn.Module, has_class_token: bool):
+    encoder: Encoder
+
+    def __init__(self, encoder: Encoder, has_class_token: bool):
         super().__init__()
         self.encoder = encoder
         self.names = ("mean", "cls") if has_class_token else ("mean",)
@@ -93,7 +97,7 @@ class Poolings(nn.Module):
 
 
 @torch.inference_mode()
-def compare_views(model: nn.Module, batches: Iterable[torch.Tensor]) -> dict[str, float]:
+def compare_views(model: MIMForPreTrainingMixin, batches: Iterable[torch.Tensor]) -> dict[str, float]:
     """Reconstruction, and how near to one another the latents of views lie, under the same masks each time.
 
     Alignment is the mean squared distance of two views of an image, uniformity the logarithm of the mean Gaussian

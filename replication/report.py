@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
+from typing import Any
 
 from mimae.flags.recipes import read_recipe
 
@@ -112,7 +113,8 @@ def section(scale: Scale, records: Records, pictures: Path) -> list[str]:
 
 def groups_with_news(scale: Scale, records: Records) -> list[Results]:
     """Those with figures of trained arms that no group before them has."""
-    told, measured = set(), []
+    told: set[tuple[Any, ...]] = set()
+    measured = []
     for group in GROUPS:
         results = Results(scale, group, records)
         own = {(group.stages, *key) for key in results.metrics}

@@ -4,7 +4,7 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import pairwise
 from multiprocessing import active_children, get_context
@@ -145,7 +145,7 @@ def _short(value: float | None) -> float | None:
     return None if value is None else float(f"{value:.5g}")
 
 
-_STAGES = {
+_STAGES: dict[str, Callable[..., dict[str, Any]]] = {
     PRETRAIN: pretrain,
     FROZEN: frozen,
     FEW: partial(finetune, stage=FEW),

@@ -4,6 +4,7 @@ import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -154,7 +155,7 @@ class TrackedMetrics(MetricsFile):
         """One more step is done."""
         self._bar.update()
 
-    def show(self, step: int, metrics: dict[str, float | None]) -> None:
+    def show(self, step: int, metrics: Mapping[str, Any]) -> None:
         """The loss terms, the speed and the gate, beside the bar or, where there is none, as a line of the log."""
         values = {symbol: metrics[name] for name, symbol in self._symbols.items()}
         shown = {symbol: "skipped" if value is None else f"{value:.3f}" for symbol, value in values.items()}

@@ -3,14 +3,15 @@
 import logging
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from timm.optim import param_groups_weight_decay
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
+
+from .protocols import LayeredModel, OptimizedModel
 
 logger = logging.getLogger(__name__)
 
@@ -100,28 +101,7 @@ class WarmupMultiStep(WarmupSchedule):
         return self.peak * self.gamma ** sum(step >= milestone for milestone in self.milestones)
 
 
-class LayeredEncoder(Protocol):
-    """What layer decay asks of an encoder."""
-
-    def modules_by_depth(self) -> list[nn.Module]:
-        """The embeddings, then the blocks."""
-
-
-class TrainableModel(Protocol):
-    """What an optimiser is told by a model."""
-
-    @property
-    def base_model(self) -> LayeredEncoder:
-        """The encoder."""
-
-    def no_weight_decay(self) -> set[str]:
-        """Names of parameters that do not decay although they have more than one dimension."""
-
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """As torch's modules have it."""
-
-
-def build_adamw(model: TrainableModel, *, weight_decay: float, betas: tuple[float, float]) -> torch.optim.AdamW:
+def build_adamw(model: OptimizedModel, *, weight_decay: float, betas: tuple[float, float]) -> torch.optim.AdamW:
     """AdamW over the trainable parameters, in two groups: vectors do not decay, nor what the model exempts.
 
     Fused, because that variant takes `found_inf`: a step can be skipped on the device, without a host sync.
@@ -133,7 +113,7 @@ def build_adamw(model: TrainableModel, *, weight_decay: float, betas: tuple[floa
 
 
 def build_finetuning_adamw(
-    model: TrainableModel,
+    model: LayeredModel,
     *,
     learning_rate: float,
     weight_decay: float,
@@ -150,7 +130,7 @@ def build_finetuning_adamw(
     return torch.optim.AdamW(groups, betas=betas, fused=True)
 
 
-def layer_decay_groups(model: TrainableModel, *, weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:
+def layer_decay_groups(model: LayeredModel, *, weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:
     """Parameter groups whose learning rate falls with the distance from the head.
 
     lr_scale = layer_decay ** (depth + 1 - layer). The embeddings are layer 0 and block i, counted over all stages, is
@@ -194,7 +174,7 @@ def schedule_as_lambda(optimizer: torch.optim.Optimizer, schedule: WarmupSchedul
     return LambdaLR(optimizer, lambda step: schedule(step) / schedule.peak)
 
 
-def parameter_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
+def parameter_names(model: OptimizedModel, optimizer: torch.optim.Optimizer) -> list[str]:
     """Names of the optimiser's parameters, in its order."""
     name_of = {id(parameter): name for name, parameter in model.named_parameters()}
     return [name_of[id(p)] for group in optimizer.param_groups for p in group["params"]]

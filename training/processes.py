@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,8 +20,8 @@ class OtherProcessError(RuntimeError):
 class Agreement:
     """Numbers that the processes compare on the host, beside the training's own group: nobody waits for the device."""
 
-    def __init__(self):
-        self.group = dist.new_group(backend="gloo", timeout=LONGEST_WAIT) if _are_several() else None
+    def __init__(self) -> None:
+        self.group: Any = dist.new_group(backend="gloo", timeout=LONGEST_WAIT) if _are_several() else None
 
     def largest(self, number: int) -> int:
         """The largest number that any process gives. Collective."""
@@ -46,7 +46,8 @@ def together(compute: Callable[[], Result], group: dist.ProcessGroup | None = No
         Exception: what this process's own computation raises.
         OtherProcessError: another's has raised.
     """
-    result = failure = None
+    result: Any = None
+    failure: Exception | None = None
     try:
         result = compute()
     except Exception as error:  # whatever it is, the other processes must know
@@ -69,7 +70,7 @@ def on_main_process(compute: Callable[[], Result], group: dist.ProcessGroup | No
     Raises:
         Exception, OtherProcessError: as `together`.
     """
-    result = [together(lambda: compute() if PartialState().is_main_process else None, group)]
+    result: list[Any] = [together(lambda: compute() if PartialState().is_main_process else None, group)]
     if _are_several():
         dist.broadcast_object_list(result, src=0, group=group)
     return result[0]
@@ -82,7 +83,7 @@ def main_process_first(compute: Callable[[], Result]) -> Result:
         Exception, OtherProcessError: as `together`.
     """
     is_main = PartialState().is_main_process
-    first = together(lambda: compute() if is_main else None)
+    first: Any = together(lambda: compute() if is_main else None)
     return together(lambda: first if is_main else compute())
 
 

@@ -1,12 +1,37 @@
-"""What a `Pretrainer` asks of a model, whoever wrote it."""
+"""What trainings ask of a model, whoever wrote it."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from ..modeling_mim import LossTerm
+
+
+class OptimizedModel(Protocol):
+    """What an optimiser asks of a module."""
+
+    def no_weight_decay(self) -> Collection[str]:
+        """Names of parameters that do not decay, besides vectors and biases."""
+
+    # of nn.Module
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
+
+
+class LayeredEncoder(Protocol):
+    """What layer decay asks of an encoder."""
+
+    def modules_by_depth(self) -> list[nn.Module]:
+        """The embeddings, then the blocks; what is in none of them learns as fast as the head."""
+
+
+class LayeredModel(OptimizedModel, Protocol):
+    """What layer decay asks of a model."""
+
+    @property
+    def base_model(self) -> LayeredEncoder:
+        """The encoder."""
 
 
 class PretrainingConfig(Protocol):
@@ -17,13 +42,17 @@ class PretrainingConfig(Protocol):
         """Masked views of each image in a forward pass."""
 
 
-class PretrainingModel(Protocol):
-    """A module whose output is a mapping with `loss`, for the one backward, and all that `scalars` names.
+class PretrainingModel(OptimizedModel, Protocol):
+    """What a `Pretrainer` asks of a model.
+
+    Its output is a mapping with `loss`, for the one backward, and all that `scalars` names.
 
     Parameters whose names begin with "approximator." have their gradient's norm clipped apart from the others'.
     """
 
-    config: PretrainingConfig
+    @property
+    def config(self) -> PretrainingConfig:
+        """How it is built."""
 
     @property
     def scalars(self) -> tuple[str, ...]:
@@ -33,15 +62,11 @@ class PretrainingModel(Protocol):
     def loss_terms(self) -> Mapping[str, LossTerm]:
         """What the loss terms are called, by their names in the output."""
 
-    def no_weight_decay(self) -> Iterable[str]:
-        """Names of parameters that do not decay, besides vectors and biases."""
-
     def forward(self, pixel_values: torch.Tensor, *, noise: torch.Tensor, return_logits: bool) -> Mapping[str, Any]:
         """Of normalised images (B, C, H, W), whose masks are cut from `noise`; without logits where none are asked."""
 
     # of nn.Module
     def train(self, mode: bool = True) -> nn.Module: ...
     def parameters(self) -> Iterator[nn.Parameter]: ...
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
     def buffers(self) -> Iterator[torch.Tensor]: ...
     def load_state_dict(self, state_dict: Mapping[str, torch.Tensor]) -> Any: ...

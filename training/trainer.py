@@ -213,7 +213,8 @@ class Pretrainer:
 
     def _next(self, batches: Iterator[dict[str, Any]]) -> dict[str, Any]:
         """The next batch, if every process has got its own: none may wait for another's gradient in vain."""
-        batch = failure = None
+        batch: Any = None
+        failure: Exception | None = None
         try:
             with self._stop_request.ending_waits():  # a read that fails may be tried again for minutes
                 batch = next(batches)

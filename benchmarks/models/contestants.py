@@ -62,7 +62,7 @@ class Contestant:
         config = MIMAEConfig.preset(setting.preset, **setting.fields, **own)
         if name in OURS:  # as the pre-training script chooses
             config._attn_implementation = default_attention(device, PRECISIONS[setting.precision])
-        self.model = (PEERS.get(name) or Ours)(config).to(device).train()
+        self.model: Any = (PEERS.get(name) or Ours)(config).to(device).train()
         self.optimizer = build_adamw(_Decaying(self.model), weight_decay=0.05, betas=(0.9, 0.95))
         if setting.compiled:
             self.model.compile()
@@ -83,7 +83,7 @@ class Contestant:
         self.optimizer.step()
         self.optimizer.zero_grad()
 
-    def _autocast(self) -> AbstractContextManager:
+    def _autocast(self) -> AbstractContextManager[Any]:
         if self.setting.precision == "float32":
             return nullcontext()
         return torch.autocast(self.setting.device.type, dtype=torch.bfloat16)

@@ -7,6 +7,7 @@ Shapes: B images, L patches, V visible patches, D width, P values of a patch.
 """
 
 from functools import partial
+from typing import Any
 
 import torch
 from timm.models.vision_transformer import Block, PatchEmbed
@@ -34,7 +35,8 @@ class OfficialMAE(nn.Module):
         decoder: tuple[int, int, int] | None,
     ):
         super().__init__()
-        block = partial(Block, mlp_ratio=mlp_ratio, qkv_bias=True, norm_layer=partial(nn.LayerNorm, eps=1e-6))
+        norm_layer: Any = partial(nn.LayerNorm, eps=1e-6)  # timm says a type
+        block = partial(Block, mlp_ratio=mlp_ratio, qkv_bias=True, norm_layer=norm_layer)
         self.patch_size = patch_size
         self.patch_embed = PatchEmbed(image_size, patch_size, channels, width)
         num_tokens = 1 + self.patch_embed.num_patches

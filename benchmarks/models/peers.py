@@ -5,6 +5,7 @@ Shapes: B images, N masks, L patches, V visible patches.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from lightly.models import utils
@@ -186,7 +187,7 @@ def check_peers(config: MIMAEConfig, names: list[str], device: torch.device, tol
     expected = ours(images, noise)
     found = []
     for name in names:
-        peer = PEERS[name](config).to(device)
+        peer: Any = PEERS[name](config).to(device)
         peer.take(ours.model)
         found.append(Disagreement(name, float((peer(images, noise) - expected).abs() / expected)))
         assert found[-1].relative <= tolerance, f"{name} computes another loss: {found[-1].relative:.1e} from ours"

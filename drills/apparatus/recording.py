@@ -100,7 +100,7 @@ class SaveWatch:
     def _count(self, event: str, _arguments: tuple[Any, ...]) -> None:
         if self._is_saving and event in FILE_OPERATIONS:
             self._operations += 1
-            if self._is_deadly and self._operations > self._death.fraction * self._most_operations:
+            if self._death and self._is_deadly and self._operations > self._death.fraction * self._most_operations:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     def __enter__(self) -> "SaveWatch":

@@ -93,7 +93,7 @@ class Run:
                 with contextlib.suppress(ProcessLookupError):  # it has just ended, or has no group of its own yet
                     os.killpg(process.pid, signum)
 
-    def kill(self) -> list[int]:
+    def kill(self) -> list[int | None]:
         """`kill -9`, until they are gone; returns the exit codes."""
         deadline = time.monotonic() + PATIENCE
         while self.is_alive() and time.monotonic() < deadline:
@@ -101,7 +101,7 @@ class Run:
             time.sleep(0.002)
         return [process.poll() for process in self.processes]
 
-    def wait(self, seconds: float = PATIENCE) -> list[int]:
+    def wait(self, seconds: float = PATIENCE) -> list[int | None]:
         """The exit codes. Raises: HangError."""
         self.wait_for(lambda: not self.is_alive(), seconds)
         return [process.poll() for process in self.processes]

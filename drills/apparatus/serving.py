@@ -6,7 +6,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -142,6 +142,6 @@ def serve(handler: Callable[..., BaseHTTPRequestHandler]) -> Iterator[str]:
         server.server_close()
 
 
-def serve_folder(folder: Path, handler: type[RangeHandler] = RangeHandler):
+def serve_folder(folder: Path, handler: type[RangeHandler] = RangeHandler) -> AbstractContextManager[str]:
     """A server of a folder's files."""
     return serve(partial(handler, directory=str(folder)))

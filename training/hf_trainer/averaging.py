@@ -39,14 +39,14 @@ class WeightAverage(TrainerCallback):
         self._average = ModelEmaV3(model, decay=decay)
 
     def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: nn.Module, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Updates the average."""
-        self._average.update(model)
+        self._average.update(kwargs["model"])
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Writes the average into the checkpoint, whole or not at all."""
-        folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        folder = Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         partial = folder / f".{AVERAGE_FILE}.partial"
 
         def write() -> None:
@@ -56,12 +56,12 @@ class WeightAverage(TrainerCallback):
         on_main_process(write)
 
     def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: nn.Module, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Gives the model the averaged weights for good."""
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             self.load(state.best_model_checkpoint)
-        model.load_state_dict(self.state_dict())
+        kwargs["model"].load_state_dict(self.state_dict())
 
     @contextmanager
     def applied_to(self, model: nn.Module) -> Iterator[None]:

@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from accelerate.utils import broadcast
@@ -37,13 +37,17 @@ class DownstreamTrainer(Trainer):
         FloatingPointError: while training: the loss is not finite.
     """
 
+    model: nn.Module
+    train_dataset: Any  # the loaders, see `__init__`
+    eval_dataset: Any
+
     def __init__(
         self,
         model: nn.Module,
         args: TrainingArguments,
         *,
-        train_loader: DataLoader | None = None,
-        eval_loader: DataLoader | None = None,
+        train_loader: DataLoader[Any] | None = None,
+        eval_loader: Iterable[Any] | None = None,
         settings: dict[str, Any] | None = None,
         average_decay: float | None = None,
         **trainer_options: Any,
@@ -69,13 +73,13 @@ class DownstreamTrainer(Trainer):
         self.settings = settings or {}
         self.add_callback(SealedCheckpoints(self.settings))  # the last one: what it seals must not change
 
-    def get_train_dataloader(self) -> DataLoader:
+    def get_train_dataloader(self) -> DataLoader[Any]:
         """The training loader as it was given."""
         if self.train_dataset is None:
             raise ValueError("training needs a train_loader, and this trainer was given none")
         return self.train_dataset
 
-    def get_eval_dataloader(self, eval_dataset: DataLoader | None = None) -> DataLoader:
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
         """This loader, or the one that the trainer was given, as it is."""
         loader = self.eval_dataset if eval_dataset is None else eval_dataset
         if loader is None:
@@ -91,7 +95,7 @@ class DownstreamTrainer(Trainer):
         with StopRequest(Agreement()) as stop_request:
             stop = StopOnSignal(stop_request)
             self.add_callback(stop)
-            self.train(resume_from_checkpoint=checkpoint)
+            self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         if stop.signum and self.state.global_step < self.args.max_steps:
             raise RunStopped(stop.signum)
 
@@ -118,7 +122,7 @@ class DownstreamTrainer(Trainer):
         with self.weight_average.applied_to(self.model) if self.weight_average else contextlib.nullcontext():
             yield self.model
 
-    def _save_checkpoint(self, model: nn.Module, trial: None) -> None:
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         together(lambda: super(DownstreamTrainer, self)._save_checkpoint(model, trial))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:

@@ -39,7 +39,7 @@ class SealedCheckpoints(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Seals what Trainer has just written. Collective: each process writes its own random state."""
-        folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        folder = Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
 
         def write() -> None:
             write_json(folder / SETTINGS_FILE, self._settings)
@@ -74,20 +74,12 @@ class MetricsCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Drops what was logged after the step that the run goes on from."""
-        MetricsFile(Path(args.output_dir)).begin(state.global_step)
+        MetricsFile(Path(str(args.output_dir))).begin(state.global_step)
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        *,
-        logs: dict[str, Any],
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Adds a line to the file, and one to the log."""
-        numbers = {name: value for name, value in logs.items() if not name.endswith(TIMINGS)}
-        MetricsFile(Path(args.output_dir)).write(state.global_step, numbers)
+        numbers = {name: value for name, value in kwargs["logs"].items() if not name.endswith(TIMINGS)}
+        MetricsFile(Path(str(args.output_dir))).write(state.global_step, numbers)
         words = "  ".join(f"{name} {value:.4g}" for name, value in numbers.items())
         logger.info("step %d/%d  %s", state.global_step, state.max_steps, words)
 
@@ -144,16 +136,9 @@ class BadImageLimit(TrainerCallback):
 class StopAtNonFiniteLoss(TrainerCallback):
     """Ends a run whose loss is no longer finite; Trainer would go on to the last step."""
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        *,
-        logs: dict[str, float],
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Raises: FloatingPointError, on all processes alike, because the logged loss is their mean."""
+        logs: dict[str, float] = kwargs["logs"]
         losses = [logs[name] for name in ("loss", "train_loss", "eval_loss") if name in logs]
         if not all(map(math.isfinite, losses)):
             raise FloatingPointError(

@@ -32,6 +32,8 @@ class ClassificationTrainer(DownstreamTrainer):
             where there are fewer classes; (n, heads, 5) with several heads), and `label_ids` (n,); padding is gone.
     """
 
+    compute_metrics: Callable[[EvalPrediction], dict[str, float]]
+
     def __init__(
         self,
         model: nn.Module,
@@ -48,14 +50,14 @@ class ClassificationTrainer(DownstreamTrainer):
             **options,
         )
 
-    def test(self, loader: DataLoader) -> Tested:
+    def test(self, loader: DataLoader[Any]) -> Tested:
         """Evaluates on other images, and returns the predictions, too. Collective.
 
         Returns:
             `loss` and the metrics by their plain names, the ranked classes (n, 5) that they are of, and the labels
             (n,), int64; all on every process, without the padding.
         """
-        output = self.evaluation_loop(loader, description="Test")
+        output: Any = self.evaluation_loop(loader, description="Test")
         classes, _ = output.predictions
         is_image = output.label_ids != IGNORED_LABEL
         metrics = self.compute_metrics(EvalPrediction(output.predictions, output.label_ids))
@@ -80,7 +82,7 @@ def exact_metrics(
     It replaces Trainer's own loss, a mean over batches in which the padded last one weighs as much as any.
     """
 
-    def compute(prediction: EvalPrediction) -> dict[str, float]:
+    def compute(prediction: Any) -> dict[str, float]:
         classes, losses = prediction.predictions
         is_image = prediction.label_ids != IGNORED_LABEL
         loss = losses[is_image].mean(axis=0).sum()  # over images; over heads

@@ -88,7 +88,7 @@ class DenseTrainer(DownstreamTrainer):
         return self.test()
 
     def evaluate(
-        self, eval_dataset: None = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """`test`, logged and told to the callbacks, as in Trainer, whose other arguments have no meaning here."""
         self._newest = self.state.global_step, self.test()
