@@ -1,7 +1,7 @@
 """docs/private_parts.md lists every private part of another library that ours uses, and each is as we need it."""
 
-import argparse
 import ast
+import dataclasses
 import importlib
 import importlib.util
 import inspect
@@ -18,7 +18,7 @@ from PIL import Image
 from timm.data import rand_augment_transform
 from torch import nn
 from torchvision.ops import MultiScaleRoIAlign
-from transformers import PreTrainedConfig, SwinConfig, SwinModel, ViTMAEConfig
+from transformers import HfArgumentParser, PreTrainedConfig, SwinConfig, SwinModel, Trainer, ViTMAEConfig
 from transformers.modeling_outputs import BaseModelOutput
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -324,9 +324,6 @@ def check_drop_path(drop_path: type[nn.Module]) -> None:
 
 def check_swin_encoder(encoder: type[nn.Module]) -> None:
     made = encoder(small_swin(), (4, 4))
-    block = made.layers[0].blocks[0]
-    names = "drop_path mlp input_resolution shift_size"
-    assert not [name for name in names.split() if not hasattr(block, name)]
     assert made.layers[0].downsample is not None
     assert made.layers[1].downsample is None
     takes_names("always_partition return_dict", "hidden_states", (4, 4))(made.forward)
@@ -420,15 +417,21 @@ def check_folder_of_metric(build: Callable) -> None:
     assert "_build_data_dir()" in inspect.getsource(resolve("evaluate.module.EvaluationModule.__init__"))
 
 
-def check_parser_actions(_: object) -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--a_flag")
-    assert [action.dest for action in parser._actions] == ["help", "a_flag"]
+def check_kind_of_bools(string_to_bool: Callable) -> None:
+    parser = HfArgumentParser(dataclasses.make_dataclass("Group", [("flag", bool, False)]))
+    assert [action.type for action in parser._actions if action.dest == "flag"] == [string_to_bool]
 
 
-def check_checkpoint_loading(load: Callable) -> None:
-    takes("self", "folder", "model")(load)
-    assert "self._load_from_checkpoint(" in inspect.getsource(resolve("transformers.trainer.Trainer.train"))
+def first_block() -> nn.Module:
+    return SwinModel(small_swin()).encoder.layers[0].blocks[0]
+
+
+def called_in_trainer(*positional: str) -> Check:
+    def check(method: Callable) -> None:
+        takes("self", *positional)(method)
+        assert f"self.{method.__name__}(" in inspect.getsource(Trainer)
+
+    return check
 
 
 SWIN = "transformers.models.swin.modeling_swin"
@@ -451,12 +454,10 @@ def of_config(part: type) -> nn.Module:
 
 # instance attributes have no object that could be looked up: those checks get None
 OF_INSTANCES = {
-    "argparse.ArgumentParser._actions",
     "evaluate.module.EvaluationModule._data_dir_root",
     "transformers.configuration_utils.PreTrainedConfig._attn_implementation",
 }
 CHECKS: dict[str, Callable] = {
-    "argparse.ArgumentParser._actions": check_parser_actions,
     "datasets.config": lambda config: (
         config.STREAMING_READ_MAX_RETRIES + config.STREAMING_READ_RETRY_INTERVAL,
         Path(config.HF_DATASETS_CACHE),
@@ -490,6 +491,7 @@ CHECKS: dict[str, Callable] = {
     "transformers.conversion_mapping.get_checkpoint_conversion_mapping": check_swin_renamings,
     "transformers.conversion_mapping.register_checkpoint_conversion_mapping": check_registration,
     "transformers.dynamic_module_utils.get_relative_import_files": check_relative_imports,
+    "transformers.hf_argparser.string_to_bool": check_kind_of_bools,
     "transformers.initialization": check_initialization,
     "transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS": check_attention_functions,
     "transformers.modeling_utils.PreTrainedModel._init_weights": takes("self", "module"),
@@ -502,7 +504,8 @@ CHECKS: dict[str, Callable] = {
         lambda part: part(small_swin(), use_mask_token=True), "patch_embeddings patch_grid norm dropout mask_token"
     ),
     f"{SWIN}.SwinEncoder": check_swin_encoder,
-    f"{SWIN}.SwinMLP": has_parts(lambda part: SwinModel(small_swin()).encoder.layers[0].blocks[0].mlp, "fc1 fc2"),
+    f"{SWIN}.SwinLayer": has_parts(lambda part: first_block(), "drop_path mlp input_resolution shift_size"),
+    f"{SWIN}.SwinMLP": has_parts(lambda part: first_block().mlp, "fc1 activation_fn fc2"),
     f"{SWIN}.SwinPreTrainedModel": is_a(nn.Module),
     f"{SWIN}.SwinRelativePositionBias": is_a(nn.Module),
     f"{SWIN}.SwinRelativePositionBias._create_relative_position_index": check_relative_position_index,
@@ -517,7 +520,8 @@ CHECKS: dict[str, Callable] = {
     f"{VIT}.ViTMAEPreTrainedModel": is_a(nn.Module),
     f"{VIT}.build_2d_sinusoidal_position_embedding": check_sincos,
     f"{VIT}.eager_attention_forward": check_eager_attention,
-    "transformers.trainer.Trainer._load_from_checkpoint": check_checkpoint_loading,
+    "transformers.trainer.Trainer._load_from_checkpoint": called_in_trainer("folder", "model"),
+    "transformers.trainer.Trainer._save_checkpoint": called_in_trainer("model", "trial"),
     "transformers.trainer_utils.EvalLoopOutput": is_a(tuple),
     "transformers.trainer_utils.PREFIX_CHECKPOINT_DIR": can_be_set_to("checkpoint"),
     "transformers.utils.cached_file": takes("folder", "file"),
