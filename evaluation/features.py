@@ -17,8 +17,7 @@ class Encoder(Protocol):
     def encode(self, pixel_values: torch.Tensor) -> Any:
         """(B, C, H, W) → an output with `pooler_output` (B, D) and `feature_map` (B, D, h, w)."""
 
-    def modules(self) -> Iterator[torch.nn.Module]:
-        """As torch's modules have it, and so are the others."""
+    def modules(self) -> Iterator[torch.nn.Module]: ...
 
     def eval(self) -> Self: ...
 

@@ -6,26 +6,19 @@ was gathered, and all get the same values.
 Shapes: n images, K classes, k ranked classes.
 """
 
-from collections import defaultdict
-from statistics import mean
-
 import evaluate
 import numpy as np
 import torch
 from datasets import Features, Sequence, Value
 
 from ..data.batches.classification import IGNORED_LABEL
-from .robustness import relative_errors
 
 TOP = 5
 
 
-def ranked_classes(logits: torch.Tensor, k: int = TOP) -> torch.Tensor:
-    """The classes of the k largest logits, best first: (n, K) → int64 (n, min(k, K)).
-
-    As a `preprocess_logits_for_metrics` it keeps k numbers per image in memory instead of K.
-    """
-    return logits.topk(min(k, logits.shape[-1]), dim=-1).indices
+def ranked_classes(logits: torch.Tensor) -> torch.Tensor:
+    """The classes of the five largest logits, best first: (n, K) → int64 (n, min(5, K))."""
+    return logits.topk(min(TOP, logits.shape[-1]), dim=-1).indices
 
 
 class InMemoryMetric(evaluate.Metric):
@@ -64,34 +57,3 @@ class TopKAccuracy(InMemoryMetric):
         ranked = np.asarray(predictions)[:, :TOP]  # (n, k)
         hits = (ranked == labels[:, None])[labels != IGNORED_LABEL]
         return {"accuracy": float(hits[:, 0].mean()), f"top{TOP}_accuracy": float(hits.any(1).mean())}
-
-
-class MeanCorruptionError(InMemoryMetric):
-    """mCE of ImageNet-C: errors relative to AlexNet's, averaged over the 15 corruptions, times 100.
-
-    `compute(errors=..., corruptions=...)` takes
-        errors: floats (m,), fractions in [0, 1], the top-1 error of a corruption at a severity. Those of a
-            corruption are averaged first; `add(errors=..., corruptions=...)` takes them one by one.
-        corruptions: names (m,), of `robustness.CORRUPTIONS`.
-
-    It returns `mce`, in per cent of AlexNet's, and `per_corruption`, the same of each. ValueError: a corruption is
-    unknown, missing, or measured at fewer severities than another.
-    """
-
-    def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description="Mean corruption error on ImageNet-C, relative to AlexNet's.",
-            citation="Hendrycks and Dietterich, ICLR 2019, arXiv 1903.12261, Sec. 4",
-            inputs_description="errors: fractions (m,); corruptions: their names (m,)",
-            features=Features({"errors": Value("float64"), "corruptions": Value("string")}),
-        )
-
-    def _compute(self, errors: list[float], corruptions: list[str]) -> dict[str, float | dict[str, float]]:
-        grouped = defaultdict(list)
-        for error, corruption in zip(errors, corruptions, strict=True):
-            grouped[corruption].append(error)
-        counts = {corruption: len(values) for corruption, values in grouped.items()}
-        if len(set(counts.values())) > 1:
-            raise ValueError(f"corruptions were measured at different numbers of severities: {counts}")
-        relative = relative_errors({corruption: mean(values) for corruption, values in grouped.items()})
-        return {"mce": mean(relative.values()), "per_corruption": relative}

@@ -65,35 +65,20 @@ def _vote(label: np.ndarray, weight: np.ndarray) -> np.ndarray:
     return votes.argmax(axis=1).ravel()
 
 
-def knn_accuracy(
-    train_features: np.ndarray,
-    train_labels: np.ndarray,
-    test_features: np.ndarray,
-    test_labels: np.ndarray,
-    *,
-    k: int = 20,
-    temperature: float = 0.07,
-) -> float:
+def knn_accuracy(*features_and_labels: np.ndarray, k: int = 20, temperature: float = 0.07) -> float:
     """`knn_accuracies` for one k."""
-    features = (train_features, train_labels, test_features, test_labels)
-    (accuracy,) = knn_accuracies(*features, ks=(k,), temperature=temperature).values()
+    (accuracy,) = knn_accuracies(*features_and_labels, ks=(k,), temperature=temperature).values()
     return accuracy
 
 
 def linear_probe_accuracy(
-    train_features: np.ndarray,
-    train_labels: np.ndarray,
-    test_features: np.ndarray,
-    test_labels: np.ndarray,
-    *,
-    max_iter: int = 1000,
+    train_features: np.ndarray, train_labels: np.ndarray, test_features: np.ndarray, test_labels: np.ndarray
 ) -> float:
     """Accuracy of a logistic regression (L-BFGS) on features scaled to zero mean and unit variance over training.
 
     Args:
         train_features, test_features: (n, D).
         train_labels, test_labels: (n,), class indices.
-        max_iter: iterations of L-BFGS; scikit-learn warns where they do not suffice.
 
     Returns:
         The fraction of test images classified right, in [0, 1].
@@ -102,7 +87,7 @@ def linear_probe_accuracy(
         ValueError: a set is empty, features and labels do not belong together, or training has a single class.
     """
     _check(train_features, train_labels, test_features, test_labels)
-    classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=max_iter))
+    classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
     classifier.fit(train_features, train_labels)
     return float(classifier.score(test_features, test_labels))
 

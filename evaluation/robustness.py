@@ -7,7 +7,7 @@ Shapes: B images, C channels, H × W pixels, K classes of a model, k of them tha
 """
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -47,34 +47,23 @@ ARCHIVES = ("noise", "blur", "weather", "digital")  # what the published archive
 NAMED = 10  # the most missing items that an error names
 
 
-# --- classes --------------------------------------------------------------------------------------------------------
-
-
-def imagenet_wnids() -> tuple[str, ...]:
-    """The 1,000 WordNet ids of ImageNet-1k, sorted: the order of its labels."""
-    return _wnids("imagenet_1k")
-
-
-def imagenet_a_wnids() -> tuple[str, ...]:
-    """The 200 of them in ImageNet-A, sorted (Hendrycks et al. 2021, arXiv 1907.07174)."""
-    return _wnids("imagenet_a")
-
-
-def imagenet_r_wnids() -> tuple[str, ...]:
-    """The 200 of them in ImageNet-R, sorted (Hendrycks et al. 2021, arXiv 2006.16241)."""
-    return _wnids("imagenet_r")
-
-
 @cache
-def _wnids(name: str) -> tuple[str, ...]:
-    return tuple(files(__package__).joinpath("imagenet_classes", f"{name}.txt").read_text("ascii").split())
+def imagenet_wnids(variant: str = "1k") -> tuple[str, ...]:
+    """WordNet ids of ImageNet's classes, sorted, which is the order of labels.
+
+    Args:
+        variant: "1k" for all 1,000, "a" for the 200 of ImageNet-A (Hendrycks et al. 2021, arXiv 1907.07174), "r" for
+            the 200 of ImageNet-R (Hendrycks et al. 2021, arXiv 2006.16241).
+    """
+    names = files(__package__).joinpath("imagenet_classes", f"imagenet_{variant}.txt")
+    return tuple(names.read_text("ascii").split())
 
 
 def class_positions(classes: Sequence[str], label_names: Sequence[str]) -> list[int]:
     """The positions of a set's classes among the labels of a model.
 
-    `RestrictedClassifier(model, class_positions(imagenet_a_wnids(), label_names))` has the classes of ImageNet-A, in
-    the order of that list; `class_positions(set_label_names, imagenet_a_wnids())` gives the labels of a set of images
+    `RestrictedClassifier(model, class_positions(imagenet_wnids("a"), label_names))` has the classes of ImageNet-A, in
+    the order of that list; `class_positions(set_label_names, imagenet_wnids("a"))` gives the labels of a set of images
     in the same order, also where a class has no image.
 
     A label is found by its name. A model with 1,000 labels of which none is a wnid ("tench, Tinca tinca", "LABEL_0")
@@ -97,8 +86,7 @@ def class_positions(classes: Sequence[str], label_names: Sequence[str]) -> list[
     position = {name: index for index, name in enumerate(label_names)}
     if repeated := sorted({name for name in classes if label_names.count(name) > 1}):
         raise ValueError(f"the model has more than one label with the name {some(repeated)}: rename all but one")
-    missing = [name for name in classes if name not in position]
-    if missing:
+    if missing := [name for name in classes if name not in position]:
         raise ValueError(
             f"{len(missing)} of {len(classes)} classes of the images are not among the {len(label_names)} labels "
             f"({some(label_names, 3)}): {some(missing, NAMED)}. Take images of the classes that there are, or a model "
@@ -126,9 +114,6 @@ class RestrictedClassifier(nn.Module):
         return ImageClassifierOutput(loss=None if labels is None else F.cross_entropy(logits, labels), logits=logits)
 
 
-# --- ImageNet-C -----------------------------------------------------------------------------------------------------
-
-
 def corruption_folders(root: str | os.PathLike[str]) -> dict[tuple[str, int], Path]:
     """The 75 image folders of ImageNet-C, with a folder for each class in them.
 
@@ -144,46 +129,17 @@ def corruption_folders(root: str | os.PathLike[str]) -> dict[tuple[str, int], Pa
     expected = "expected <corruption>/<severity>/<class>/*.JPEG, as gaussian_noise/1 or noise/gaussian_noise/1"
     if not root.is_dir():
         raise ValueError(f"{root} is not a folder, so it is no ImageNet-C: {expected}")
-    parents = {name: _corruption_parent(root, name) for name in CORRUPTIONS}
-    if not any(parents.values()):
+    parents = (*(root / archive for archive in ARCHIVES), root)  # the last one counts
+    places = {name: parent / name for name in CORRUPTIONS for parent in parents if (parent / name).is_dir()}
+    if not places:
         found = sorted(path.name for path in root.iterdir())
         raise ValueError(f"{root} is no ImageNet-C: {expected}, found {some(found, NAMED)}")
-    lacking = [name for name, parent in parents.items() if parent is None]
-    folders = {
-        (name, severity): parent / str(severity)
-        for name, parent in parents.items()
-        if parent
-        for severity in SEVERITIES
-    }
-    lacking += ["/".join(map(str, key)) for key, folder in folders.items() if not _has_folders(folder)]
+    folders = {(name, severity): place / str(severity) for name, place in places.items() for severity in SEVERITIES}
+    lacking = [name for name in CORRUPTIONS if name not in places]
+    lacking += ["/".join(map(str, key)) for key, folder in folders.items() if not any(folder.glob("*/"))]
     if lacking:
         raise ValueError(f"{root} is no whole ImageNet-C, it has no images of {some(lacking, NAMED)}: {expected}")
     return folders
-
-
-def _corruption_parent(root: Path, name: str) -> Path | None:
-    places = (root / name, *(root / archive / name for archive in ARCHIVES))
-    return next((place for place in places if place.is_dir()), None)
-
-
-def _has_folders(folder: Path) -> bool:
-    return folder.is_dir() and any(path.is_dir() for path in folder.iterdir())
-
-
-def relative_errors(errors: Mapping[str, float]) -> dict[str, float]:
-    """Errors in per cent of AlexNet's, in the order of `CORRUPTIONS` (Hendrycks and Dietterich 2019, Sec. 4).
-
-    Args:
-        errors: of each of the 15 corruptions, the mean over five severities.
-
-    Raises:
-        ValueError: a corruption is unknown or missing.
-    """
-    _refuse_unknown(errors)
-    missing = [name for name in CORRUPTIONS if name not in errors]
-    if missing:
-        raise ValueError(f"mCE is a mean over 15 corruptions, and {some(missing, 15)} are missing")
-    return {name: 100 * (errors[name] / alexnet) for name, alexnet in ALEXNET_ERRORS.items()}
 
 
 def corruption_table(errors: Mapping[tuple[str, int], float], *, relative_to_alexnet: bool = False) -> dict[str, Any]:
@@ -191,8 +147,8 @@ def corruption_table(errors: Mapping[tuple[str, int], float], *, relative_to_ale
 
     Args:
         errors: top-1 errors of any corruptions, all at the same severities.
-        relative_to_alexnet: adds mCE. AlexNet's errors belong to ImageNet-C, so it means nothing for other sets, and
-            needs all 15 corruptions at all five severities.
+        relative_to_alexnet: adds mCE (Hendrycks and Dietterich 2019, Sec. 4). AlexNet's errors belong to ImageNet-C,
+            so it means nothing for other sets, and needs all 15 corruptions at all five severities.
 
     Returns:
         `severities`, a list; `per_corruption`, of each corruption its `error`, the mean over severities, and
@@ -202,7 +158,8 @@ def corruption_table(errors: Mapping[tuple[str, int], float], *, relative_to_ale
     Raises:
         ValueError: no error, an unknown corruption, or severities that not all have; for mCE, any that is missing.
     """
-    _refuse_unknown(name for name, _ in errors)
+    if unknown := sorted({name for name, _ in errors} - set(CORRUPTIONS)):
+        raise ValueError(f"unknown corruptions {unknown}; there are {list(CORRUPTIONS)}")
     names = [name for name in CORRUPTIONS if any(name == key for key, _ in errors)]
     severities = sorted({severity for _, severity in errors})
     wanted = SEVERITIES if relative_to_alexnet else severities
@@ -220,10 +177,11 @@ def corruption_table(errors: Mapping[tuple[str, int], float], *, relative_to_ale
         "mean_error": mean(entry["error"] for entry in per_corruption.values()),
     }
     if relative_to_alexnet:
-        relative = relative_errors({name: entry["error"] for name, entry in per_corruption.items()})
+        if absent := [name for name in CORRUPTIONS if name not in names]:
+            raise ValueError(f"mCE is a mean over 15 corruptions, and {some(absent, 15)} are missing")
         for name, entry in per_corruption.items():
-            entry["relative_error"] = relative[name]
-        table["mce"] = mean(relative.values())
+            entry["relative_error"] = 100 * (entry["error"] / ALEXNET_ERRORS[name])
+        table["mce"] = mean(entry["relative_error"] for entry in per_corruption.values())
     return table
 
 
@@ -244,9 +202,3 @@ def corruption_markdown(table: Mapping[str, Any]) -> str:
     lines += [[name.replace("_", " "), *(f"{value:.1f}" for value in row)] for name, row in rows.items()]
     lines.append(["**mean**", *(f"**{value:.1f}**" for value in means)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _refuse_unknown(names: Iterable[str]) -> None:
-    unknown = sorted(set(names) - set(CORRUPTIONS))
-    if unknown:
-        raise ValueError(f"unknown corruptions {unknown}; there are {list(CORRUPTIONS)}")

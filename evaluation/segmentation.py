@@ -3,15 +3,15 @@
 Shapes: B images, C channels, K classes, h, w height and width of what the model sees, H, W those of the original.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
+from itertools import product
 from typing import Any
 
 import evaluate
 import numpy as np
 import torch
 import torch.nn.functional as F
-from datasets import Features, Value
-from datasets import Sequence as SequenceFeature
+from datasets import Features, Sequence, Value
 
 from .metrics import InMemoryMetric
 
@@ -48,7 +48,7 @@ class MeanIoU(InMemoryMetric):
         self.confusion_matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64)
 
     def _info(self) -> evaluate.MetricInfo:
-        label_map = SequenceFeature(SequenceFeature(Value("int64")))
+        label_map = Sequence(Sequence(Value("int64")))
         return evaluate.MetricInfo(
             description="Mean intersection over union, mean and overall accuracy of semantic segmentation.",
             citation="",
@@ -91,9 +91,6 @@ class MeanIoU(InMemoryMetric):
         self.add_batch(predictions=predictions, references=references)
         counts = self.confusion_matrix.numpy()
         self.confusion_matrix = torch.zeros_like(self.confusion_matrix)
-        return self._compute(counts)
-
-    def _compute(self, counts: np.ndarray) -> dict[str, float | list[float | None]]:
         if not counts.any():
             raise ValueError("no pixel to count: no label map was added, or all their pixels are ignored")
         right, true, predicted = np.diag(counts), counts.sum(1), counts.sum(0)  # (K,) each
@@ -111,8 +108,8 @@ def sliding_window_logits(
     predict: Predict,
     pixel_values: torch.Tensor,
     *,
-    crop_size: int | Sequence[int],
-    stride: int | Sequence[int],
+    crop_size: int,
+    stride: int,
     num_classes: int,
 ) -> torch.Tensor:
     """Logits of images of any size from a model of one size: windows at a stride, averaged where they overlap.
@@ -122,10 +119,10 @@ def sliding_window_logits(
     time.
 
     Args:
-        predict: (B, C, *crop_size) → logits (B, K, *crop_size).
+        predict: (B, C, S, S) → logits (B, K, S, S), S the crop size.
         pixel_values: (B, C, h, w), normalised.
-        crop_size: int or (height, width) of a window, pixels.
-        stride: int or (vertical, horizontal), pixels from a window to the next.
+        crop_size: side of a window, pixels.
+        stride: pixels from a window to the next.
         num_classes: K.
 
     Returns:
@@ -134,52 +131,38 @@ def sliding_window_logits(
     Raises:
         ValueError: a stride that would leave gaps; logits of another shape.
     """
-    crop_height, crop_width = np.broadcast_to(crop_size, 2).tolist()
-    strides = np.broadcast_to(stride, 2).tolist()
-    if not (0 < strides[0] <= crop_height and 0 < strides[1] <= crop_width):
+    if not 0 < stride <= crop_size:
         raise ValueError(f"a stride of {stride} leaves gaps between windows of {crop_size}: take 1 to {crop_size}")
     batch_size, _, height, width = pixel_values.shape
-    padding = (0, max(0, crop_width - width), 0, max(0, crop_height - height))
-    padded = F.pad(pixel_values, padding)  # (B, C, at least crop_height, at least crop_width)
+    padding = (0, max(0, crop_size - width), 0, max(0, crop_size - height))
+    padded = F.pad(pixel_values, padding)  # (B, C, at least S, at least S)
     total = padded.new_zeros(batch_size, num_classes, *padded.shape[2:], dtype=torch.float32)
     count = padded.new_zeros(padded.shape[2:], dtype=torch.float32)
-    for top in _window_starts(padded.shape[2], crop_height, strides[0]):
-        for left in _window_starts(padded.shape[3], crop_width, strides[1]):
-            window = (..., slice(top, top + crop_height), slice(left, left + crop_width))
-            logits = predict(padded[window])
-            if logits.shape != total[window].shape:
-                raise ValueError(f"logits of {tuple(logits.shape)}, expected {tuple(total[window].shape)}")
-            total[window] += logits
-            count[window] += 1
+    # at the stride, the last one as far back as it must be to fit
+    tops, lefts = ([*range(0, side - crop_size, stride), side - crop_size] for side in padded.shape[2:])
+    for top, left in product(tops, lefts):
+        window = (..., slice(top, top + crop_size), slice(left, left + crop_size))
+        logits = predict(padded[window])
+        if logits.shape != total[window].shape:
+            raise ValueError(f"logits of {tuple(logits.shape)}, expected {tuple(total[window].shape)}")
+        total[window] += logits
+        count[window] += 1
     return (total / count)[..., :height, :width]
 
 
-def _window_starts(length: int, window: int, stride: int) -> list[int]:
-    """Where windows begin along a side: at the stride, the last one as far back as it must be to fit."""
-    return [*range(0, length - window, stride), length - window]
-
-
 def segment(
-    predict: Predict,
-    pixel_values: torch.Tensor,
-    original_size: tuple[int, int],
-    *,
-    crop_size: int | Sequence[int],
-    stride: int | Sequence[int],
-    num_classes: int,
+    predict: Predict, pixel_values: torch.Tensor, original_size: tuple[int, int], **windows: int
 ) -> torch.Tensor:
     """The class of each pixel of an image, at its original size; logits are resized bilinearly, then compared.
 
     Args:
-        predict, crop_size, stride, num_classes: as in `sliding_window_logits`.
+        predict, windows: as in `sliding_window_logits`.
         pixel_values: (C, h, w), normalised.
         original_size: (H, W), pixels.
 
     Returns:
         class indices, int64 (H, W), on the device of `pixel_values`.
     """
-    logits = sliding_window_logits(
-        predict, pixel_values[None], crop_size=crop_size, stride=stride, num_classes=num_classes
-    )  # (1, K, h, w)
+    logits = sliding_window_logits(predict, pixel_values[None], **windows)  # (1, K, h, w)
     resized = F.interpolate(logits, size=tuple(original_size), mode="bilinear", align_corners=False)
     return resized[0].argmax(0)  # (1, K, H, W) → (H, W)

@@ -18,8 +18,7 @@ from ..evaluation.robustness import (
     class_positions,
     corruption_folders,
     corruption_table,
-    imagenet_a_wnids,
-    imagenet_r_wnids,
+    imagenet_wnids,
 )
 from ..training.hf_trainer.classification import ClassificationTrainer
 
@@ -51,7 +50,7 @@ def imagenet_tests(
         ValueError: what is wrong with a folder, or classes that the model does not have.
     """
     tests: dict[str, RobustnessTest] = {}
-    for key, wnids in (("imagenet_a", imagenet_a_wnids()), ("imagenet_r", imagenet_r_wnids())):
+    for key, wnids in (("imagenet_a", imagenet_wnids("a")), ("imagenet_r", imagenet_wnids("r"))):
         if folder := folders[key]:
             loader = loader_of(_open_set(key, folder), wnids, None)
             tests[key] = partial(_restricted_metrics, class_positions(wnids, names), loader, tester_of)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from mimae.data.sources.opening import image_splits
-from mimae.evaluation.robustness import imagenet_a_wnids
+from mimae.evaluation.robustness import imagenet_wnids
 from mimae.flags.data import DataArguments
 from mimae.jobs.robustness import imagenet_tests
 from mimae.tests.data_helpers import jpegs, write_idx_folder, write_parquet
@@ -89,7 +89,7 @@ def test_the_flag_that_names_a_further_test_set_is_blamed_for_it(tmp_path, key):
     with pytest.raises(ValueError, match=f"--{key}_dir no/such is not a folder"):
         imagenet_tests(
             {**folders, key: "no/such"},
-            imagenet_a_wnids(),
+            imagenet_wnids("a"),
             image_size=(16, 16),
             loader_of=lambda *images: None,
             tester_of=lambda model: None,

@@ -23,7 +23,7 @@ from sklearn.datasets import load_digits
 
 from mimae import MIMAEConfig, MIMAEForImageClassification
 from mimae.data.sources.opening import open_digits
-from mimae.evaluation.robustness import CORRUPTIONS, imagenet_a_wnids, imagenet_wnids
+from mimae.evaluation.robustness import CORRUPTIONS, imagenet_wnids
 from mimae.families.warm_start import Checkpoint, UnfitCheckpointError
 from mimae.flags.option import RecipeError
 from mimae.flags.recipes import as_argv
@@ -214,11 +214,11 @@ def imagenet_classifier(tmp_path_factory) -> Path:
 
 
 def test_imagenet_a_is_judged_among_its_200_classes(imagenet_classifier, tmp_path):
-    wnids = imagenet_a_wnids()[:3]
+    wnids = imagenet_wnids("a")[:3]
     images = write_classes(tmp_path / "a", dict.fromkeys(wnids, 4))
     results = run("evaluate", imagenet_classifier, tmp_path / "run", validation_dir=images, imagenet_a_dir=images)
     model = MIMAEForImageClassification.from_pretrained(imagenet_classifier).eval()
-    allowed = [imagenet_wnids().index(wnid) for wnid in imagenet_a_wnids()]
+    allowed = [imagenet_wnids().index(wnid) for wnid in imagenet_wnids("a")]
     hits = {"all": [], "restricted": []}
     for wnid in wnids:
         for path in sorted((images / wnid).iterdir()):

@@ -8,8 +8,7 @@ import pytest
 import torch
 from sklearn.metrics import accuracy_score, top_k_accuracy_score
 
-from mimae.evaluation.metrics import MeanCorruptionError, TopKAccuracy, ranked_classes
-from mimae.evaluation.robustness import ALEXNET_ERRORS, CORRUPTIONS
+from mimae.evaluation.metrics import TopKAccuracy, ranked_classes
 
 SIX_IMAGES = {"predictions": [[0, 1], [1, 0], [1, 2], [2, 1], [0, 2], [2, 0]], "references": [0, 1, 2, 2, 1, 0]}
 
@@ -93,35 +92,3 @@ def test_ranked_classes_are_those_of_a_full_sort():
     expected = np.argsort(-logits, axis=1)[:, :5]
     assert np.array_equal(ranked_classes(torch.from_numpy(logits)).numpy(), expected)
     assert ranked_classes(torch.zeros(4, 2)).shape == (4, 2)
-
-
-@pytest.mark.parametrize("severities", [1, 5])
-def test_the_mean_corruption_error_of_alexnet_is_exactly_100(severities):
-    result = MeanCorruptionError().compute(
-        errors=[ALEXNET_ERRORS[name] for name in CORRUPTIONS] * severities, corruptions=[*CORRUPTIONS] * severities
-    )
-    assert result["mce"] == 100
-    assert result["per_corruption"] == dict.fromkeys(CORRUPTIONS, 100)
-
-
-def test_the_mean_corruption_error_equals_hand_computed_values():
-    """Half of AlexNet's errors, but on brightness, where 0.1 … 0.5 average to 0.3, 53.1357 % of its 0.564592."""
-    metric = MeanCorruptionError()
-    for name in reversed(CORRUPTIONS):
-        for severity in range(1, 6):
-            metric.add(errors=severity / 10 if name == "brightness" else ALEXNET_ERRORS[name] / 2, corruptions=name)
-    result = metric.compute()
-    assert result["per_corruption"]["brightness"] == pytest.approx(53.13571, abs=1e-5)
-    assert result["per_corruption"]["fog"] == 50
-    assert result["mce"] == pytest.approx((14 * 50 + 53.13571) / 15, abs=1e-5)
-    assert list(result["per_corruption"]) == list(CORRUPTIONS)
-
-
-def test_errors_that_make_no_mean_are_refused_by_name():
-    errors, names = [0.5] * 15, list(CORRUPTIONS)
-    with pytest.raises(ValueError, match=r"gaussian_noise, shot_noise are missing"):
-        MeanCorruptionError().compute(errors=errors[2:], corruptions=names[2:])
-    with pytest.raises(ValueError, match=r"unknown corruptions \['rain'\]"):
-        MeanCorruptionError().compute(errors=[*errors, 0.5], corruptions=[*names, "rain"])
-    with pytest.raises(ValueError, match=r"different numbers of severities.*'fog': 2"):
-        MeanCorruptionError().compute(errors=[*errors, 0.5], corruptions=[*names, "fog"])

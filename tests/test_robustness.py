@@ -29,8 +29,6 @@ from mimae.evaluation.robustness import (
     corruption_folders,
     corruption_markdown,
     corruption_table,
-    imagenet_a_wnids,
-    imagenet_r_wnids,
     imagenet_wnids,
 )
 
@@ -46,12 +44,12 @@ def timms(name):
 
 def test_the_lists_of_classes_equal_timms():
     assert list(imagenet_wnids()) == timms("imagenet_synsets.txt")
-    assert list(imagenet_a_wnids()) == timms("imagenet_a_synsets.txt")
-    assert list(imagenet_r_wnids()) == timms("imagenet_r_synsets.txt")
+    assert list(imagenet_wnids("a")) == timms("imagenet_a_synsets.txt")
+    assert list(imagenet_wnids("r")) == timms("imagenet_r_synsets.txt")
 
 
 def test_the_lists_are_sorted_and_the_small_ones_lie_in_the_large_one():
-    lists = (imagenet_wnids(), imagenet_a_wnids(), imagenet_r_wnids())
+    lists = (imagenet_wnids(), imagenet_wnids("a"), imagenet_wnids("r"))
     assert [len(wnids) for wnids in lists] == [1000, 200, 200]
     for wnids in lists:
         assert list(wnids) == sorted(set(wnids))
@@ -65,20 +63,20 @@ def test_the_lists_travel_in_the_wheel():
     assert len(list((root / "evaluation").glob(pattern))) == 3
 
 
-@pytest.mark.parametrize(("wnids", "indices"), [(imagenet_a_wnids, "imagenet_a"), (imagenet_r_wnids, "imagenet_r")])
-def test_the_restriction_equals_timms_whatever_the_labels_are_called(wnids, indices):
-    expected = list(map(int, timms(f"{indices}_indices.txt")))
+@pytest.mark.parametrize("variant", ["a", "r"])
+def test_the_restriction_equals_timms_whatever_the_labels_are_called(variant):
+    expected = list(map(int, timms(f"imagenet_{variant}_indices.txt")))
     for names in (imagenet_wnids(), [f"LABEL_{index}" for index in range(1000)]):
-        assert class_positions(wnids(), names) == expected
+        assert class_positions(imagenet_wnids(variant), names) == expected
 
 
 def test_labels_are_found_by_name_in_any_order():
     shuffled = [imagenet_wnids()[index] for index in np.random.default_rng(0).permutation(1000)]
-    positions = class_positions(imagenet_a_wnids(), shuffled)
-    assert [shuffled[position] for position in positions] == list(imagenet_a_wnids())
+    positions = class_positions(imagenet_wnids("a"), shuffled)
+    assert [shuffled[position] for position in positions] == list(imagenet_wnids("a"))
     assert class_positions(["dog", "cat"], ["cat", "bird", "dog"]) == [2, 0]
     # labels of a set that lacks some of the 200 classes
-    assert class_positions(imagenet_a_wnids()[3::7], imagenet_a_wnids()) == list(range(3, 200, 7))
+    assert class_positions(imagenet_wnids("a")[3::7], imagenet_wnids("a")) == list(range(3, 200, 7))
 
 
 class Classifier(torch.nn.Module):
@@ -94,10 +92,10 @@ class Classifier(torch.nn.Module):
 
 def test_a_restricted_classifier_chooses_the_best_of_its_classes():
     model, images = Classifier(), torch.randn(8, 3, 4, 4)
-    restricted = RestrictedClassifier(model, class_positions(imagenet_r_wnids(), imagenet_wnids()))
+    restricted = RestrictedClassifier(model, class_positions(imagenet_wnids("r"), imagenet_wnids()))
     logits = model(images).logits.tolist()
-    best = [max(imagenet_r_wnids(), key=lambda wnid: row[imagenet_wnids().index(wnid)]) for row in logits]
-    assert [imagenet_r_wnids()[index] for index in restricted(images).logits.argmax(1)] == best
+    best = [max(imagenet_wnids("r"), key=lambda wnid: row[imagenet_wnids().index(wnid)]) for row in logits]
+    assert [imagenet_wnids("r")[index] for index in restricted(images).logits.argmax(1)] == best
     assert restricted.state_dict().keys() == {"model.classifier.weight", "model.classifier.bias"}
 
 
@@ -111,14 +109,14 @@ def test_the_loss_of_a_restricted_classifier_is_that_of_its_classes():
 
 def test_classes_that_a_model_does_not_have_are_named():
     with pytest.raises(ValueError, match=r"200 of 200 classes.*10 labels \(0, 1, 2 and 7 more\): n01498041, .* more"):
-        class_positions(imagenet_a_wnids(), [str(digit) for digit in range(10)])
+        class_positions(imagenet_wnids("a"), [str(digit) for digit in range(10)])
     with pytest.raises(
         ValueError, match=r"1 of 2 classes of the images are not among the 2 labels \(cat, dog\): bird"
     ):
         class_positions(["cat", "bird"], ["cat", "dog"])
     # a thousand names that are wnids, but not all of ImageNet-1k's, are not taken by position
     with pytest.raises(ValueError, match=r"1 of 200 classes.*n01498041"):
-        class_positions(imagenet_a_wnids(), ["x" if name == "n01498041" else name for name in imagenet_wnids()])
+        class_positions(imagenet_wnids("a"), ["x" if name == "n01498041" else name for name in imagenet_wnids()])
     with pytest.raises(ValueError, match="more than one label with the name crane"):
         class_positions(["crane"], ["crane", "ox", "crane"])
     with pytest.raises(ValueError, match="2 of 2 classes"):

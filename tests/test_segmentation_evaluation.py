@@ -125,7 +125,7 @@ def pointwise(pixels):
 
 
 @pytest.mark.parametrize("size", [(8, 8), (20, 13), (9, 30), (5, 12), (3, 3)])
-@pytest.mark.parametrize(("crop_size", "stride"), [(8, 5), (8, 8), ((8, 6), (3, 2))])
+@pytest.mark.parametrize(("crop_size", "stride"), [(8, 5), (8, 8), (6, 2)])
 def test_a_pointwise_model_sees_every_pixel_as_in_the_whole(size, crop_size, stride):
     pixel_values = torch.randn(2, 3, *size)
     logits = sliding_window_logits(pointwise, pixel_values, crop_size=crop_size, stride=stride, num_classes=2)
@@ -182,7 +182,7 @@ def test_logits_in_half_precision_are_averaged_in_single():
 
 def test_gaps_and_logits_of_another_shape_are_refused():
     image = torch.zeros(1, 3, 16, 16)
-    for stride in (9, 0, (4, 9)):
+    for stride in (9, 0):
         with pytest.raises(ValueError, match="leaves gaps"):
             sliding_window_logits(pointwise, image, crop_size=8, stride=stride, num_classes=2)
     with pytest.raises(ValueError, match=r"logits of \(1, 2, 8, 8\), expected \(1, 5, 8, 8\)"):
