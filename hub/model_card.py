@@ -92,7 +92,9 @@ def write_model_card(
     )
 
 
-def write_classification_card(folder: str | os.PathLike[str], *, results: Mapping[str, Any], pictures: list[str]) -> Path:
+def write_classification_card(
+    folder: str | os.PathLike[str], *, results: Mapping[str, Any], pictures: list[str]
+) -> Path:
     """Write `folder/README.md` for a classifier. What `results` lacks is reported as not measured.
 
     Args:
@@ -163,7 +165,9 @@ def write_dense_card(folder: str | os.PathLike[str], *, results: Mapping[str, An
     if task not in DENSE_TASKS:
         raise ValueError(f"task {task!r} is not dense; {' and '.join(DENSE_TASKS)} are")
     pipeline_tag, names = DENSE_TASKS[task]
-    figures = [({}, key, names.get(key, key.replace("_", " ")), metrics.get(key)) for key in {**names, **metrics}]
+    figures: list[Figure] = [
+        ({}, key, names.get(key, key.replace("_", " ")), metrics.get(key)) for key in {**names, **metrics}
+    ]
     return _write_run_card(
         folder,
         "dense.md",
@@ -229,7 +233,10 @@ def _write_run_card(
     title = (recipe.get("hub_model_id") or results.get("model_type") or "mimae").rpartition("/")[2]
     datasets = _hub_names(recipe.get("dataset_name"))
     name = public(results.get("dataset")) or "images not named here"
-    own = {"dataset_name": name, "dataset_type": datasets[0] if datasets else re.sub(r"[^\w/.-]+", "-", name)}
+    own: dict[str, Any] = {
+        "dataset_name": name,
+        "dataset_type": datasets[0] if datasets else re.sub(r"[^\w/.-]+", "-", name),
+    }
     eval_results = [
         EvalResult(
             task_type=task_type,
