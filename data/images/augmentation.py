@@ -3,7 +3,8 @@
 Shapes: B images, K classes, C channels, h, w the model's image size.
 
 The transforms take uint8 (C, H, W) and return the model's input, float32 (C, h, w), normalised. They and the mixing
-draw from the default generators of torch, Python and numpy.
+draw from the default generators of torch, Python and numpy. `image_size` is (h, w) or one int for both, in pixels;
+`mean` and `std` are one number per channel, in units of [0, 1].
 """
 
 from collections.abc import Callable, Sequence
@@ -41,8 +42,6 @@ def finetuning_transform(
     noise.
 
     Args:
-        image_size: int or (h, w), pixels.
-        mean, std: one number per channel, in units of [0, 1].
         auto_augment: timm's description of a RandAugment, or None; areas emptied by shears and rotations get `mean`.
         random_erasing: probability that a rectangle is erased.
         min_crop_scale, max_crop_scale: smallest and largest crop, as a fraction of the image's area.

@@ -3,7 +3,8 @@
 Shapes: C channels, H, W an image's height and width, S the side of the square that the model takes, n objects.
 
 The transforms take what `CocoSource.decode` returns and give a normalised image, float32 (C, S, S), with the picture
-in its upper left corner; the rest is zero. They draw from torch's default generator.
+in its upper left corner; the rest is zero. They draw from torch's default generator. `image_size` is S; `mean` and
+`std` are one number per channel, in units of [0, 1].
 """
 
 from collections.abc import Sequence
@@ -40,8 +41,6 @@ def large_scale_jitter(
     (`recompute_boxes`). Objects whose box is less than a pixel wide or high, or whose mask is empty, are left out.
 
     Args:
-        image_size: S, pixels.
-        mean, std: one number per channel, in units of [0, 1].
         scale_range: the scale is drawn from it uniformly.
         horizontal_flip: probability of a flip; 0 for digits and letters.
 
@@ -66,10 +65,6 @@ def detection_evaluation_transform(image_size: int, *, mean: Sequence[float], st
     """Resizes so that the longer side is S, normalises, and pads with zeros to the square.
 
     For S = 1024 this is ViTDet's test size: shorter side 1024, but no side longer than 1024.
-
-    Args:
-        image_size: S, pixels.
-        mean, std: one number per channel, in units of [0, 1].
 
     Returns:
         A transform that leaves the objects of the target as they are, in pixels of the original image, and adds what
@@ -96,7 +91,7 @@ def _jitter(
     tensors = [_resize(tensor, (height, width)) for tensor in tensors]
     (top, height), (left, width) = _cut(height, side), _cut(width, side)
     image, cropped, masks = (F.crop(tensor, top, left, height, width) for tensor in tensors)
-    boxes = _tightened(tensors[1], cropped, masks, offset=(left, top))
+    boxes = _tightened(tensors[1], cropped, masks, offset=[left, top])
     kept = ((boxes[:, 2:] - boxes[:, :2]) >= SMALLEST_BOX).all(1) & _has_pixels(masks)
     return _padded(normalization(image), side), {
         "boxes": tv_tensors.BoundingBoxes(boxes[kept], format="XYXY", canvas_size=(side, side)),
@@ -133,9 +128,7 @@ def _cut(length: int, side: int) -> tuple[int, int]:
     return int(torch.randint(max(length - side, 0) + 1, ())), min(length, side)
 
 
-def _tightened(
-    boxes: torch.Tensor, cropped: torch.Tensor, masks: torch.Tensor, offset: tuple[int, int]
-) -> torch.Tensor:
+def _tightened(boxes: torch.Tensor, cropped: torch.Tensor, masks: torch.Tensor, offset: list[int]) -> torch.Tensor:
     """Boxes (n, 4) after the crop: clipped, and those that were clipped no wider than what is left of the mask."""
     boxes, cropped = boxes.as_subclass(torch.Tensor), cropped.as_subclass(torch.Tensor).clone()
     was_cut = (cropped != boxes - torch.tensor([*offset, *offset])).any(1) & _has_pixels(masks)

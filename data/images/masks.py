@@ -5,33 +5,21 @@ import io
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from .decoding import FORMATS, BadImageError, upright
+from .decoding import FORMATS, PNG_BIT_DEPTH, BadImageError, upright
 
 IGNORED_CLASS = 255  # of pixels that losses and metrics leave out
-
-
 MASK_MODES = ("1", "L", "P", "I", "I;16")  # what Pillow calls grey levels and palette indices
-
-
-MASK_VALUES = 2**16
-
-
-PNG_BIT_DEPTH = 24  # byte offset in the header that every PNG begins with
 
 
 def decode_mask(encoded: bytes, name: str) -> np.ndarray:
     """Decodes a PNG to the numbers that it stores: grey levels, or the indices of a palette.
 
-    Args:
-        encoded: the bytes of the file.
-        name: of the file, for messages.
-
     Returns:
-        integers (H, W), none negative.
+        integers (H, W), 0 to 65535.
 
     Raises:
         BadImageError: not a PNG, or a damaged one.
-        ValueError: a PNG in colour.
+        ValueError: a PNG in colour; names the file.
     """
     if not encoded:
         raise BadImageError("the file of its mask is empty")

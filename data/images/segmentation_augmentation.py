@@ -3,7 +3,8 @@
 Shapes: C channels, H, W an image's height and width, h, w those of the result.
 
 The transforms take (image uint8 (C, H, W), mask (H, W)), as `SegmentationSource.decode` gives them, and return (image
-float32 (C, h, w), normalised; mask int64). They draw from torch's default generator only.
+float32 (C, h, w), normalised; mask int64). They draw from torch's default generator only. `mean` and `std` are one
+number per channel, in units of [0, 1].
 """
 
 from collections.abc import Sequence
@@ -41,7 +42,6 @@ def segmentation_training_transform(
 
     Args:
         crop_size: int or (h, w), pixels.
-        mean, std: one number per channel, in units of [0, 1].
         short_side, long_side_limit: pixels at ratio 1; 512 and 2048 for ADE20K.
         scale_range: of the ratio, uniform.
         max_class_share: of a crop's pixels that are not ignored; 1: any crop will do.
@@ -66,20 +66,16 @@ def segmentation_evaluation_transform(
 ) -> DenseTransform:
     """Resizes the image alone, with its proportions, so that it fits (long_side_limit, short_side), and normalises.
 
-    The mask keeps its size: predictions are compared at the original size.
-
-    Args:
-        short_side, long_side_limit: pixels; 512 and 2048 for ADE20K.
-        mean, std: one number per channel, in units of [0, 1].
+    The mask keeps its size: predictions are compared at the original size. Numbers are as in training.
     """
-    return v2.Compose([ImageOnly(FittingResize(short_side, long_side_limit)), *_normalization(mean, std)])
+    resize = v2.Lambda(FittingResize(short_side, long_side_limit), tv_tensors.Image)
+    return v2.Compose([resize, *_normalization(mean, std)])
 
 
 class FittingResize(v2.Transform):
     """Resizes to the largest size of the same proportions within (long side, short side), times a random ratio.
 
-    torchvision's `Resize` cannot have both limits at the same ratio, its `ScaleJitter` takes no account of which side
-    is the longer one.
+    torchvision's `Resize` cannot have both limits, its `ScaleJitter` does not care which side is the longer one.
     """
 
     def __init__(self, short_side: int, long_side: int, scale_range: tuple[float, float] = (1.0, 1.0)):
@@ -150,19 +146,8 @@ class PadTo(v2.Transform):
         return F.pad(inpt, [0, 0, self.width - width, self.height - height], fill=fill)
 
 
-class ImageOnly(torch.nn.Module):
-    """Applies a transform to the image and leaves the target as it is."""
-
-    def __init__(self, transform: v2.Transform):
-        super().__init__()
-        self.transform = transform
-
-    def forward(self, image: torch.Tensor, target: Any) -> tuple[torch.Tensor, Any]:
-        return self.transform(image), target
-
-
 def _normalization(mean: Sequence[float], std: Sequence[float]) -> list[v2.Transform]:
-    """Normalises images, and converts masks to what losses take."""
+    """Normalises images, and converts masks to int64."""
     return [
         v2.Lambda(Normalization(mean, std, "cpu"), tv_tensors.Image),
         v2.ToDtype({tv_tensors.Mask: torch.int64, "others": None}),

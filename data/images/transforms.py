@@ -1,14 +1,17 @@
 """Augmentation and evaluation transforms on uint8, and normalisation on the device.
 
-Shapes: B images, C channels, h, w the model's image size.
+Shapes: B images, C channels, h, w the model's image size; an `image_size` is (h, w) or one int for both, in pixels.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as F
+
+DenseTransform = Callable[[torch.Tensor, Any], tuple[torch.Tensor, Any]]
 
 
 def pretraining_transform(
@@ -21,7 +24,6 @@ def pretraining_transform(
     """The augmentation of MAE (He et al. 2022, appendix A.1) and of SimMIM: a random crop, resized, and a flip.
 
     Args:
-        image_size: int or (h, w), pixels.
         min_scale, max_scale: smallest and largest crop, as a fraction of the image's area.
         horizontal_flip: probability of a flip; 0 for digits and letters.
         interpolation: of the crop; MAE's is bicubic, SimMIM's bilinear.
@@ -29,12 +31,8 @@ def pretraining_transform(
     Returns:
         a module, uint8 (C, H, W) -> uint8 (C, h, w), which draws from torch's default generator only.
     """
-    crop = v2.RandomResizedCrop(
-        _height_width(image_size),
-        scale=(min_scale, max_scale),
-        interpolation=InterpolationMode(interpolation),
-        antialias=True,
-    )
+    mode = InterpolationMode(interpolation)
+    crop = v2.RandomResizedCrop(image_size, scale=(min_scale, max_scale), interpolation=mode, antialias=True)
     return v2.Compose([crop, v2.RandomHorizontalFlip(horizontal_flip)])
 
 
@@ -42,39 +40,27 @@ def evaluation_transform(image_size: int | Sequence[int], crop_ratio: float = 0.
     """Resizes until the image covers image_size / crop_ratio, and crops its centre (224 px: resize to 256).
 
     Args:
-        image_size: int or (h, w), pixels.
         crop_ratio: the part of the shorter side that is kept; with 1 nothing is cut off, and the image is resized to
             exactly (h, w), whatever its proportions.
 
     Returns:
         a module, uint8 (C, H, W) -> uint8 (C, h, w).
     """
-    height, width = _height_width(image_size)
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     if crop_ratio == 1:
         return v2.Resize((height, width), interpolation=InterpolationMode.BICUBIC, antialias=True)
-    cover = ResizeToCover(round(height / crop_ratio), round(width / crop_ratio))
+    cover = partial(_resize_to_cover, height=round(height / crop_ratio), width=round(width / crop_ratio))
     return v2.Compose([cover, v2.CenterCrop((height, width))])
 
 
-class ResizeToCover(torch.nn.Module):
-    """Resizes, keeping proportions, to the smallest size that covers (height, width).
-
-    For a square this is torchvision's `Resize(side)`, which knows no other shape.
-    """
-
-    def __init__(self, height: int, width: int):
-        super().__init__()
-        self.height, self.width = height, width
-
-    def forward(self, image: torch.Tensor) -> torch.Tensor:
-        height, width = image.shape[-2:]
-        if self.width * height >= self.height * width:  # the width decides
-            size = (height * self.width // width, self.width)
-        else:
-            size = (self.height, width * self.height // height)
-        return F.resize(
-            image, size, interpolation=InterpolationMode.BICUBIC, antialias=True
-        )  # (C, H, W) -> (C, *size)
+def _resize_to_cover(image: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Resizes, keeping proportions, to the smallest size that covers both; torchvision knows only squares."""
+    old_height, old_width = image.shape[-2:]
+    if width * old_height >= height * old_width:  # the width decides
+        size = [old_height * width // old_width, width]
+    else:
+        size = [height, old_width * height // old_height]
+    return F.resize(image, size, interpolation=InterpolationMode.BICUBIC, antialias=True)
 
 
 def normalize(
@@ -94,17 +80,18 @@ def normalize(
         raise ValueError(
             f"{num_channels} channels need as many values in image_mean and image_std, got {len(mean)} and {len(std)}"
         )
-    mean = 255 * torch.as_tensor(mean, dtype=torch.float32, device=pixel_values.device).view(-1, 1, 1)
-    std = 255 * torch.as_tensor(std, dtype=torch.float32, device=pixel_values.device).view(-1, 1, 1)
+    mean, std = (
+        255 * torch.as_tensor(values, dtype=torch.float32, device=pixel_values.device).view(-1, 1, 1)
+        for values in (mean, std)
+    )
     return pixel_values.to(torch.float32).sub_(mean).div_(std)
 
 
 class Normalization:
-    """`normalize` with mean and standard deviation already on the device, so that no step copies them.
+    """`normalize` with mean and standard deviation already on the device of the images, so that no step copies them.
 
     Args:
         mean, std: one number per channel, in units of [0, 1]; kept as attributes.
-        device: of the images.
     """
 
     def __init__(self, mean: Sequence[float], std: Sequence[float], device: torch.device | str):
@@ -113,11 +100,3 @@ class Normalization:
 
     def __call__(self, pixel_values: torch.Tensor) -> torch.Tensor:
         return normalize(pixel_values, self._mean, self._std)
-
-
-def _height_width(image_size: int | Sequence[int]) -> tuple[int, int]:
-    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-    return height, width
-
-
-DenseTransform = Callable[[torch.Tensor, Any], tuple[torch.Tensor, Any]]
