@@ -74,8 +74,7 @@ class ImageSource(RowSource):
         if not self.has_labels:
             raise ValueError(f"{self.name} has no labels: name the column that holds them by --label_column_name")
         labels = self._stored_labels()
-        unlabelled = np.flatnonzero(labels < 0)
-        if len(unlabelled):
+        if len(unlabelled := np.flatnonzero(labels < 0)):
             raise ValueError(
                 f"{len(unlabelled)} of the {len(labels)} images of {self.name} have no label, the first is "
                 f"{self.describe(int(unlabelled[0]))}: this looks like an unlabelled test split; take a labelled "
@@ -122,8 +121,7 @@ class ArraySource(ImageSource):
         self.images, self.name = images, name
         self._labels = np.asarray([] if labels is None else labels, dtype=np.int64)
         self.block_sizes = np.array([len(images)], dtype=np.int64)
-        self.has_labels = labels is not None
-        self.label_names = label_names
+        self.has_labels, self.label_names = labels is not None, label_names
         self.fingerprint = hashlib.sha256(f"{images.shape}".encode() + images.tobytes()).hexdigest()
 
     def read(self, index: int) -> tuple[np.ndarray, int | None]:

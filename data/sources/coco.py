@@ -16,7 +16,7 @@ import os
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -93,8 +93,8 @@ def read_annotations(path: str | os.PathLike[str]) -> CocoAnnotations:
                     "add it there, or remove the annotation"
                 )
         image = images[annotation["image_id"]]
-        fault = _fault(annotation, image["height"], image["width"])
-        if fault:
+        size = image["height"], image["width"]
+        if fault := _box_fault(annotation["bbox"], *size) or _mask_fault(annotation["segmentation"], *size):
             left_out[fault].append(annotation_id)
         else:
             objects[annotation["image_id"]].append(annotation)
@@ -112,7 +112,6 @@ def compressed_mask(segmentation: list[Any] | dict[str, Any], height: int, width
 
     Args:
         segmentation: polygons [[x, y, x, y, …], …] or a run-length code that `read_annotations` has accepted.
-        height, width: of the image.
 
     Raises:
         ValueError: a compressed code that is damaged.
@@ -165,7 +164,10 @@ class CocoSource(DenseSource):
         self.block_sizes = np.array([len(images)], dtype=np.int64)
         self._names = [image["file_name"] for image in images.values()]
         self._sizes = np.array([(image["height"], image["width"]) for image in images.values()])  # (images, 2)
-        packed = [_pack(objects[image_id]) for image_id in images]
+        packed = [
+            json.dumps([{key: annotation[key] for key in USED_KEYS} for annotation in objects[image_id]]).encode()
+            for image_id in images
+        ]
         self._packed, self._ends = b"".join(packed), np.cumsum([len(text) for text in packed])
         self.fingerprint = hashlib.sha256(self._packed + self.image_ids.tobytes()).hexdigest()
         self._has_warned = False
@@ -199,17 +201,17 @@ class CocoSource(DenseSource):
                 f"the image has {image.shape[-2]} x {image.shape[-1]} pixels, "
                 f"its annotations are for {height} x {width} (height x width)"
             )
-        masks = {annotation["id"]: self._mask(annotation, height, width) for annotation in annotations}
-        kept = [annotation for annotation in annotations if masks[annotation["id"]] is not None]
+        drawn = [(annotation, self._mask(annotation, height, width)) for annotation in annotations]
+        kept = [annotation for annotation, mask in drawn if mask is not None]
+        masks = [mask for _, mask in drawn if mask is not None]
         boxes = torch.tensor([annotation["bbox"] for annotation in kept], dtype=torch.float32).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]  # left, top, width, height -> left, top, right, bottom
         boxes = boxes.clamp(min=torch.zeros(4), max=torch.tensor([width, height, width, height]))
         labels = [self.category_ids.index(annotation["category_id"]) for annotation in kept]
-        shapes = [masks[annotation["id"]] for annotation in kept]
         return tv_tensors.Image(image), {
             "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=(height, width)),
             "labels": torch.tensor(labels, dtype=torch.int64),
-            "masks": tv_tensors.Mask(torch.from_numpy(np.array(shapes, dtype=np.uint8).reshape(-1, height, width))),
+            "masks": tv_tensors.Mask(torch.from_numpy(np.array(masks, dtype=np.uint8).reshape(-1, height, width))),
             "image_id": int(self.image_ids[index]),
         }
 
@@ -220,18 +222,15 @@ class CocoSource(DenseSource):
         """Its pixels, uint8 (H, W), or None, with one warning per process, if there are none."""
         try:
             mask = run_length.decode(compressed_mask(annotation["segmentation"], height, width))
-            fault = None if mask.any() else EMPTY_MASK
+            if mask.any():
+                return mask
+            fault = EMPTY_MASK
         except ValueError as error:
             fault = str(error)
-        if fault is None:
-            return mask
         if not self._has_warned:
             logger.warning(
-                "%s: left out annotation %d: %s. Others that only drawing their masks shows to be unusable are left "
-                "out without a word",
-                self.name,
-                annotation["id"],
-                fault,
+                f"{self.name}: left out annotation {annotation['id']}: {fault}. Others that only drawing their masks "
+                "shows to be unusable are left out without a word"
             )
             self._has_warned = True
         return None
@@ -266,11 +265,6 @@ def _by_id(content: dict[str, Any], section: str, path: str | os.PathLike[str]) 
     return entries
 
 
-def _fault(annotation: Annotation, height: int, width: int) -> str | None:
-    """What makes an annotation unusable, as far as can be told without rasterising its mask."""
-    return _box_fault(annotation["bbox"], height, width) or _mask_fault(annotation["segmentation"], height, width)
-
-
 def _box_fault(box: Any, height: int, width: int) -> str | None:
     if not isinstance(box, list) or len(box) != 4 or not _all_finite(box):
         return NOT_FOUR_NUMBERS
@@ -283,6 +277,7 @@ def _box_fault(box: Any, height: int, width: int) -> str | None:
 
 
 def _mask_fault(segmentation: Any, height: int, width: int) -> str | None:
+    """What is wrong with a mask, as far as can be told without rasterising it."""
     if isinstance(segmentation, dict) and isinstance(segmentation.get("counts"), list | str):
         return _code_fault(segmentation, height, width)
     if not isinstance(segmentation, list) or not segmentation or not all(isinstance(p, list) for p in segmentation):
@@ -319,23 +314,13 @@ def _all_finite(values: Sequence[Any]) -> bool:
         return False
 
 
-def _pack(annotations: Sequence[Annotation]) -> bytes:
-    return json.dumps([{key: annotation[key] for key in USED_KEYS} for annotation in annotations]).encode()
-
-
 def _check_files(image_dir: Path, names: Sequence[str], path: str | os.PathLike[str]) -> None:
     """Lists each folder once instead of looking for each of 100,000 files, which is slow on a network drive."""
     if not image_dir.is_dir():
         raise ValueError(f"the image folder {image_dir} is not a folder")
-    parents = {str(PurePosixPath(name).parent) for name in names}
-    present = {
-        str(PurePosixPath(parent, name))
-        for parent in parents
-        if (image_dir / parent).is_dir()
-        for name in os.listdir(image_dir / parent)
-    }
-    missing = [name for name in names if str(PurePosixPath(name)) not in present]
-    if missing:
+    parents = {(image_dir / name).parent for name in names}
+    present = {path for parent in parents if parent.is_dir() for path in parent.iterdir()}
+    if missing := [name for name in names if image_dir / name not in present]:
         raise ValueError(
             f"{len(missing)} of the {len(names)} images of {path} are not in {image_dir}: {some(missing)}; "
             "name the folder that the file names start from, or fetch the images"
@@ -344,7 +329,5 @@ def _check_files(image_dir: Path, names: Sequence[str], path: str | os.PathLike[
 
 def _counted(left_out: dict[str, list[int]]) -> str:
     """Reads as "2 annotations with a box without area (7, 9); 1 …"."""
-    return "; ".join(
-        f"{len(ids)} annotation{'s' if len(ids) > 1 else ''} with {fault} ({some(ids)})"
-        for fault, ids in left_out.items()
-    )
+    counts = {fault: f"{len(ids)} annotation{'s' if len(ids) > 1 else ''}" for fault, ids in left_out.items()}
+    return "; ".join(f"{counts[fault]} with {fault} ({some(ids)})" for fault, ids in left_out.items())

@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import PurePosixPath
 from typing import Any
@@ -17,7 +17,8 @@ from huggingface_hub import constants
 from huggingface_hub.errors import HfHubHTTPError
 
 from .base import ImageSource
-from .sharded import IMAGE_EXTENSIONS, ParquetSource, TarSource, integers, parquet_features, tar_fields
+from .remote import causes, http_status
+from .sharded import IMAGE_EXTENSIONS, ParquetSource, Shards, TarSource, integers, parquet_features, tar_fields
 
 FINGERPRINTED_ROWS = 16
 NO_ACCESS = (401, 403, 404)
@@ -27,24 +28,15 @@ class DatasetSource(ImageSource):
     """A map-style 🤗 data set: an Arrow table on disk, or the paths of a folder of images.
 
     Args:
-        dataset: a `datasets.Dataset`.
         name: what `describe` calls rows that have no path of their own.
-        image_column, label_column: names; label_column may be None.
+        image_column, label_column: their names.
     """
 
-    def __init__(
-        self,
-        dataset: Dataset,
-        *,
-        name: str,
-        image_column: str,
-        label_column: str | None,
-        label_names: list[str] | None,
-    ):
+    def __init__(self, dataset: Dataset, *, name: str, image_column: str, label_column: str | None = None):
         columns = [image_column] if label_column is None else [image_column, label_column]
         self.dataset = dataset.select_columns(columns).cast_column(image_column, Image(decode=False))
         self.name, self.image_column, self.label_column = name, image_column, label_column
-        self.label_names, self.has_labels = label_names, label_column is not None
+        self.label_names, self.has_labels = class_names(dataset.features, label_column), label_column is not None
         self.block_sizes = np.array([len(dataset)], dtype=np.int64)
         self.fingerprint = self._fingerprint()
 
@@ -76,62 +68,41 @@ class DatasetSource(ImageSource):
 
 
 def open_dataset(
-    path: str,
+    name: str,
+    place: dict[str, Any],
     *,
     split: str,
-    name: str,
     streaming: bool,
     columns: tuple[str | None, str | None],
     cache_dir: str | os.PathLike[str] | None,
-    **place: Any,
 ) -> ImageSource:
-    """Opens what 🤗 Datasets' `load_dataset(path, ...)` would, as an `ImageSource`.
+    """Opens what 🤗 Datasets' `load_dataset(**place)` would, as an `ImageSource`.
 
     Args:
-        path: a builder's name, a Hub name or a local folder.
         name: what the user called it, for messages.
         columns: (image column, label column) as the user named them, each may be None.
-        place: see `dataset_builder`.
 
     Raises:
         ValueError: no access, no such split, no such column, a kind of file that cannot be streamed, no image.
     """
     with explained_access(name):
-        builder = dataset_builder(path, cache_dir=cache_dir, **place)
+        builder = load_dataset_builder(**place, cache_dir=cache_dir)
         if split not in (splits := _splits(builder)):
             raise ValueError(f"{name} has no split {split!r}; it has {splits}")
         if streaming:
-            return _open_shards(builder, split, name=name, columns=columns, cache_dir=cache_dir)
+            return _open_shards(name, builder, split, columns, cache_dir)
         builder.download_and_prepare()
         if builder.info.splits[split].num_examples == 0:
             raise ValueError(f"split {split!r} of {name} is empty")
         dataset = builder.as_dataset(split)
     image, label = find_columns(dataset.features, *columns, name=name)
-    return DatasetSource(
-        dataset,
-        name=f"{name}[{split}]",
-        image_column=image,
-        label_column=label,
-        label_names=getattr(dataset.features.get(label), "names", None),
-    )
+    return DatasetSource(dataset, name=f"{name}[{split}]", image_column=image, label_column=label)
 
 
-def dataset_splits(path: str, *, name: str, cache_dir: str | os.PathLike[str] | None, **place: Any) -> list[str]:
+def dataset_splits(name: str, place: dict[str, Any], cache_dir: str | os.PathLike[str] | None) -> list[str]:
     """The splits of what `open_dataset` would open. Raises: ValueError, without access."""
     with explained_access(name):
-        return _splits(dataset_builder(path, cache_dir=cache_dir, **place))
-
-
-def dataset_builder(
-    path: str,
-    *,
-    cache_dir: str | os.PathLike[str] | None,
-    config_name: str | None = None,
-    data_dir: str | None = None,
-    data_files: dict[str, list[str]] | None = None,
-) -> DatasetBuilder:
-    """🤗 Datasets' own; the arguments are those of `load_dataset_builder`, where `config_name` is called `name`."""
-    return load_dataset_builder(path, name=config_name, data_dir=data_dir, data_files=data_files, cache_dir=cache_dir)
+        return _splits(load_dataset_builder(**place, cache_dir=cache_dir))
 
 
 def _splits(builder: DatasetBuilder) -> list[str]:
@@ -139,40 +110,25 @@ def _splits(builder: DatasetBuilder) -> list[str]:
 
 
 def _open_shards(
+    name: str,
     builder: DatasetBuilder,
     split: str,
-    *,
-    name: str,
     columns: tuple[str | None, str | None],
     cache_dir: str | os.PathLike[str] | None,
 ) -> ParquetSource | TarSource:
     resolved = builder.config.data_files[split]
     files = [str(file) for file in resolved]
     # Without a modification time or an ETag nobody could tell a stale listing from a good one.
-    identities = resolved.origin_metadata if all(resolved.origin_metadata) else None
+    shards = Shards(files, resolved.origin_metadata if all(resolved.origin_metadata) else None, cache_dir)
     suffixes = {PurePosixPath(file).suffix.lower() for file in files}
     features = builder.info.features
     if suffixes == {".parquet"}:
         features = features or parquet_features(files[0])
         image, label = find_columns(features, *columns, name=name)
-        return ParquetSource(
-            files,
-            identities,
-            image_column=image,
-            label_column=label,
-            label_names=getattr(features.get(label), "names", None),
-            cache_dir=cache_dir,
-        )
+        return ParquetSource(shards, [image, label] if label else [image], class_names(features, label))
     if suffixes == {".tar"}:
         images, label = find_tar_fields(tar_fields(files[0]), *columns, name=name)
-        return TarSource(
-            files,
-            identities,
-            image_fields=images,
-            label_field=label,
-            label_names=getattr((features or {}).get(label), "names", None),
-            cache_dir=cache_dir,
-        )
+        return TarSource(shards, images, label, class_names(features or {}, label))
     raise ValueError(
         f"{name} cannot be streamed: only .parquet or .tar shards can be read at random, and split {split!r} holds "
         f"{sorted(suffixes)}; drop --streaming to convert it once, on disk"
@@ -222,27 +178,30 @@ def explained_access(name: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if isinstance(error, DatasetGenerationError) and not _is_refusal(error):
-            raise ValueError(
-                f"{name} cannot be converted; mend or remove the file at fault: {error.__cause__}"
-            ) from error
-        if not _is_refusal(error):
+        if _is_refusal(error):
+            message = (
+                f"cannot open the data set {name!r}: {str(error).splitlines()[0]}\n"
+                f"Its page is {constants.ENDPOINT}/datasets/{name} (a gated data set asks for consent there). "
+                "If it exists and you may see it, log in with `hf auth login`; else correct --dataset_name."
+            )
+        elif isinstance(error, DatasetGenerationError):
+            message = f"{name} cannot be converted; mend or remove the file at fault: {error.__cause__}"
+        else:
             raise
-        raise ValueError(
-            f"cannot open the data set {name!r}: {str(error).splitlines()[0]}\n"
-            f"Its page is {constants.ENDPOINT}/datasets/{name} (a gated data set asks for consent there). "
-            "If it exists and you may see it, log in with `hf auth login`; else correct --dataset_name."
-        ) from error
+        raise ValueError(message) from error
 
 
-def _is_refusal(error: BaseException | None) -> bool:
+def _is_refusal(error: BaseException) -> bool:
     """Whether the Hub's 401, 403 or 404 stands anywhere in the chain of causes; the libraries wrap it variously."""
-    while error is not None:
-        status = getattr(getattr(error, "response", None), "status_code", None)
-        if isinstance(error, DatasetNotFoundError) or (isinstance(error, HfHubHTTPError) and status in NO_ACCESS):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
+    return any(
+        isinstance(link, DatasetNotFoundError) or (isinstance(link, HfHubHTTPError) and http_status(link) in NO_ACCESS)
+        for link in causes(error)
+    )
+
+
+def class_names(features: Mapping[Any, Any], label_column: str | None) -> list[str] | None:
+    """The names of the labels, if the column has any."""
+    return getattr(features.get(label_column), "names", None)
 
 
 def _first(features: Features, kind: type) -> str | None:

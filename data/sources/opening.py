@@ -15,7 +15,6 @@ __all__ = ["ArraySource", "ImageSource", "open_image_source"]
 
 DIGITS = "digits"
 DIGITS_SPLITS = ("train", "test")
-DIGITS_TEST_FRACTION = 0.2
 # names that a folder of one split goes by
 SPLIT_FOLDERS = {
     "train": ("train", "training"),
@@ -26,16 +25,11 @@ BUILDER_BY_SUFFIX = {".parquet": "parquet", ".tar": "webdataset"}
 
 
 class FolderKind(NamedTuple):
-    """A kind of folder that `train_dir` may name, beside folders of image files.
+    """A kind of folder that `train_dir` may name, beside folders of image files."""
 
-    recognises: whether a folder is of this kind.
-    splits: names of the splits of which it has images.
-    open: the source of one of them.
-    """
-
-    recognises: Callable[[str | os.PathLike[str]], bool]
-    splits: Callable[[str | os.PathLike[str]], list[str]]
-    open: Callable[[str | os.PathLike[str], str], ImageSource]
+    recognises: Callable[[str | os.PathLike[str]], bool]  # whether a folder is of this kind
+    splits: Callable[[str | os.PathLike[str]], list[str]]  # those of which it has images
+    open: Callable[[str | os.PathLike[str], str], ImageSource]  # one of them
 
 
 FOLDER_KINDS = [FolderKind(is_idx_folder, idx_splits, open_idx_folder)]
@@ -59,9 +53,7 @@ def open_image_source(
     With neither `dataset_name`, `train_dir` nor `data_files`, it is the embedded data set "digits".
 
     Args:
-        split: name of the split.
-        dataset_name: "digits", or a name or local path for 🤗 Datasets.
-        dataset_config_name: the configuration of `dataset_name`.
+        dataset_name: "digits", or a name or local path for 🤗 Datasets; `dataset_config_name` is its configuration.
         train_dir: a folder of images, whose class folders are the labels (🤗 Datasets' `imagefolder`), or of IDX
             files. It is read in place, streaming or not.
         data_files: parquet or WebDataset (.tar) files, a path, glob pattern or URL, or a list of them.
@@ -88,11 +80,12 @@ def open_image_source(
     from .hugging_face import open_dataset  # the digits need none of it, and start two seconds sooner
 
     if data_files:
-        place = _shards(data_files, split, flag or "--data_files")
+        name, place = flag or "--data_files", _shards(data_files, split, flag or "--data_files")
     else:
-        place = _folder_or_name(dataset_name, dataset_config_name, train_dir)
+        name, place = _folder_or_name(dataset_name, dataset_config_name, train_dir)
     return open_dataset(
-        **place,
+        name,
+        place,
         split=split,
         streaming=streaming and not train_dir,
         columns=(image_column_name, label_column_name),
@@ -119,7 +112,7 @@ def image_splits(
 
     from .hugging_face import dataset_splits
 
-    return dataset_splits(**_folder_or_name(dataset_name, dataset_config_name, train_dir), cache_dir=cache_dir)
+    return dataset_splits(*_folder_or_name(dataset_name, dataset_config_name, train_dir), cache_dir)
 
 
 def open_digits(split: str) -> ArraySource:
@@ -134,9 +127,7 @@ def open_digits(split: str) -> ArraySource:
         raise ValueError(f"{DIGITS} has no split {split!r}; it has {list(DIGITS_SPLITS)}")
     digits = load_digits()
     images = np.round(digits.images * (255 / 16)).astype(np.uint8)  # (1797, 8, 8)
-    train, test = train_test_split(
-        np.arange(len(images)), test_size=DIGITS_TEST_FRACTION, random_state=0, stratify=digits.target
-    )
+    train, test = train_test_split(np.arange(len(images)), test_size=0.2, random_state=0, stratify=digits.target)
     rows = np.sort(train if split == "train" else test)
     names = [str(name) for name in digits.target_names]
     return ArraySource(images[rows], digits.target[rows], name=f"{DIGITS}[{split}]", label_names=names)
@@ -146,9 +137,8 @@ def folder_patterns(folder: Path) -> dict[str, list[str]]:
     """Which files of a folder of images are of which split, as patterns for 🤗 Datasets.
 
     Folders named like splits are splits if there are no other folders, or if they hold the folders of the classes;
-    otherwise all images are for training.
-    🤗 Datasets by itself also goes by the names of files: of ImageNet's `ILSVRC2012_val_….JPEG` it makes a validation
-    split, and of a folder with one `my train.jpg` it takes that image alone.
+    otherwise all images are for training. 🤗 Datasets by itself also goes by the names of files: of ImageNet's
+    `ILSVRC2012_val_….JPEG` it makes a validation split, of a folder with one `my train.jpg` it takes that image alone.
     """
     split_of = {name: split for split, names in SPLIT_FOLDERS.items() for name in names}
     folders = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
@@ -169,19 +159,18 @@ def _folder_kind(folder: str | os.PathLike[str], flag: str) -> FolderKind | None
 
 def _folder_or_name(
     dataset_name: str | None, dataset_config_name: str | None, train_dir: str | os.PathLike[str] | None
-) -> dict[str, Any]:
-    """What 🤗 Datasets is to open."""
+) -> tuple[str, dict[str, Any]]:
+    """What the user calls it, and what 🤗 Datasets is to load."""
     if train_dir:
         files = folder_patterns(Path(train_dir))
-        return {"path": "imagefolder", "name": str(train_dir), "data_dir": str(train_dir), "data_files": files}
-    return {"path": dataset_name, "name": dataset_name, "config_name": dataset_config_name}
+        return str(train_dir), {"path": "imagefolder", "data_dir": str(train_dir), "data_files": files}
+    return str(dataset_name), {"path": dataset_name, "name": dataset_config_name}
 
 
 def _shards(data_files: str | Sequence[str], split: str, flag: str) -> dict[str, Any]:
-    """Expands patterns in order and tells the builder by the suffix."""
-    given = [data_files] if isinstance(data_files, str) else list(data_files)
+    """What 🤗 Datasets is to load: patterns are expanded in order, the builder follows from the suffix."""
     files = []
-    for pattern in given:
+    for pattern in [data_files] if isinstance(data_files, str) else data_files:
         found = sorted(glob(pattern, recursive=True)) if has_magic(pattern) and "://" not in pattern else [pattern]
         if not found or ("://" not in pattern and not Path(found[0]).is_file()):
             raise ValueError(f"{flag}: no file matches {pattern}")
@@ -189,4 +178,4 @@ def _shards(data_files: str | Sequence[str], split: str, flag: str) -> dict[str,
     suffixes = {PurePosixPath(file).suffix.lower() for file in files}
     if len(suffixes) != 1 or not suffixes <= set(BUILDER_BY_SUFFIX):
         raise ValueError(f"{flag} takes .parquet or .tar files, all of one kind, got {sorted(suffixes)}")
-    return {"path": BUILDER_BY_SUFFIX[suffixes.pop()], "name": flag, "data_files": {split: files}}
+    return {"path": BUILDER_BY_SUFFIX[suffixes.pop()], "data_files": {split: files}}

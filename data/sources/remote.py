@@ -85,7 +85,7 @@ class RemoteFile(io.RawIOBase):
                 return read(self._file)
             except Exception as error:  # the errors of the several network libraries have no other base in common
                 self._file = None  # it may be broken for good
-                status = _status(error)
+                status = next(filter(None, map(http_status, causes(error))), None)
                 cause = error.__cause__ or error
                 reason = f"{type(cause).__name__}: {cause}"
                 if status in REFUSALS or (isinstance(error, FileNotFoundError) and error.__cause__ is None):
@@ -125,16 +125,13 @@ def _read_range(file: BinaryIO, start: int, length: int) -> bytes:
     return content
 
 
-def _status(error: BaseException) -> int | None:
-    """The HTTP status at the bottom of an error, of aiohttp's or of the Hub's."""
-    for link in _causes(error):
-        status = getattr(link, "status", None) or getattr(getattr(link, "response", None), "status_code", None)
-        if status is not None:
-            return status
-    return None
+def http_status(error: BaseException) -> int | None:
+    """The HTTP status that an error of aiohttp or of the Hub holds."""
+    return getattr(error, "status", None) or getattr(getattr(error, "response", None), "status_code", None)
 
 
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and those behind it, down to the first."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__

@@ -19,19 +19,17 @@ from PIL import Image
 from torchvision import tv_tensors
 
 from ..images.decoding import FORMATS, BadImageError, decode_image
-from ..images.masks import IGNORED_CLASS, MASK_VALUES, decode_mask, turned_as
+from ..images.masks import IGNORED_CLASS, decode_mask, turned_as
 from .dense import DenseSource
 from .hugging_face import DatasetSource, explained_access, find_columns
 from .opening import SPLIT_FOLDERS
 
 logger = logging.getLogger(__name__)
 
-MOST_CLASSES = IGNORED_CLASS
 UNKNOWN = -1
 MASK_FOLDERS = ("masks", "annotations")
 SUFFIXES = {suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS}
 ANNOTATION_COLUMNS = ("annotation", "annotations", "label", "labels", "mask", "masks", "segmentation", "semantic_mask")
-FILES_NAMED = 3
 
 
 class SegmentationSource(DenseSource):
@@ -54,7 +52,7 @@ class SegmentationSource(DenseSource):
         class_names: Sequence[str],
         reduce_zero_label: bool = False,
     ):
-        most = MOST_CLASSES - reduce_zero_label
+        most = IGNORED_CLASS - reduce_zero_label
         if not 0 < len(class_names) <= most:
             raise ValueError(
                 f"{images.name} has {len(class_names)} classes; there can be 1 to {most}, for value "
@@ -62,8 +60,10 @@ class SegmentationSource(DenseSource):
             )
         self.images, self.masks, self.class_names = images, masks, list(class_names)
         self.name, self.block_sizes = images.name, images.block_sizes
-        self.reduce_zero_label = reduce_zero_label
-        self.class_of_value = _class_of_value(len(class_names), reduce_zero_label)
+        self.first_value = int(reduce_zero_label)  # that of class 0
+        self.class_of_value = np.full(2**16, UNKNOWN, dtype=np.int16)  # for all that a PNG can store
+        self.class_of_value[[*range(self.first_value), IGNORED_CLASS]] = IGNORED_CLASS
+        self.class_of_value[self.first_value :][: len(class_names)] = np.arange(len(class_names))
         identity = [images.fingerprint, masks.fingerprint, self.class_names, reduce_zero_label]
         self.fingerprint = hashlib.sha256(repr(identity).encode()).hexdigest()
 
@@ -94,16 +94,14 @@ class SegmentationSource(DenseSource):
         values = turned_as(encoded, decode_mask(annotation, name), (image.shape[1], image.shape[2]))  # (H, W)
         classes = self.class_of_value[values]  # (H, W)
         if classes.min() == UNKNOWN:
-            raise ValueError(self._unknown_class(name, int(values[classes == UNKNOWN][0])))
+            count, first = len(self.class_names), self.first_value
+            raise ValueError(
+                f"{name} has a pixel of value {values[classes == UNKNOWN][0]}, but the {count} classes are stored as "
+                f"{first} to {first + count - 1}, and ignored pixels as {IGNORED_CLASS}: correct --num_classes or "
+                "--class_names_file, or set --reduce_zero_label if 0 stands for no class and classes are counted from "
+                "1"
+            )
         return tv_tensors.Image(image), tv_tensors.Mask(torch.from_numpy(classes.astype(np.uint8)))
-
-    def _unknown_class(self, name: str, value: int) -> str:
-        first, last = int(self.reduce_zero_label), len(self.class_names) - 1 + self.reduce_zero_label
-        return (
-            f"{name} has a pixel of value {value}, but the {len(self.class_names)} classes are stored as {first} to "
-            f"{last}, and ignored pixels as {IGNORED_CLASS}: correct --num_classes or --class_names_file, or set "
-            "--reduce_zero_label if 0 stands for no class and classes are counted from 1"
-        )
 
 
 def open_segmentation_source(
@@ -130,18 +128,15 @@ def open_segmentation_source(
     are read for it.
 
     Args:
-        split: name of the split.
-        dataset_name: a name or local path for 🤗 Datasets.
-        dataset_config_name: the configuration of `dataset_name`.
+        dataset_name: a name or local path for 🤗 Datasets; `dataset_config_name` is its configuration.
         train_dir: a folder of images/SPLIT/… and, with the same names, masks/SPLIT/….png or annotations/SPLIT/….png;
             SPLIT may also be "training", "val" and so on; a folder without splits is all for training.
         data_files: parquet files, a path, glob pattern or URL, or a list of them.
         image_column_name, annotation_column_name: default to the column of type `Image` that is called annotation,
             label, mask or segmentation, and to the first other one.
         class_names: given for a split that must have the classes of another.
-        class_names_file: one name a line.
         num_classes: K; must agree with the names, if there are any.
-        reduce_zero_label: value 0 means "no class" and is ignored; 1 becomes class 0.
+        reduce_zero_label: see `SegmentationSource`.
         cache_dir: where 🤗 Datasets converts to; default: its own cache.
         flag: what the user named `data_files` by, for messages.
 
@@ -164,7 +159,7 @@ def open_segmentation_source(
     if len(dataset) == 0:
         raise ValueError(f"split {split!r} of {name} is empty")
     images, masks = (
-        DatasetSource(dataset, name=f"{name}[{split}]", image_column=column, label_column=None, label_names=None)
+        DatasetSource(dataset, name=f"{name}[{split}]", image_column=column)
         for column in find_image_columns(dataset.features, image_column_name, annotation_column_name, name=name)
     )
     if class_names is None and class_names_file:
@@ -179,11 +174,7 @@ def open_segmentation_source(
 
 
 def read_class_names(path: str | os.PathLike[str]) -> list[str]:
-    """Reads names, one a line.
-
-    Raises:
-        ValueError: no such file, or no name in it.
-    """
+    """Reads names, one a line. Raises: ValueError, no such file, or no name in it."""
     if not Path(path).is_file():
         raise ValueError(f"--class_names_file {path} is not a file")
     names = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
@@ -212,16 +203,6 @@ def find_image_columns(
     return find_columns(others, image_column, None, name=name)[0], annotation
 
 
-def _class_of_value(num_classes: int, reduce_zero_label: bool) -> np.ndarray:
-    """The class for each value that a PNG can store: int16 (65536,)."""
-    classes = np.full(MASK_VALUES, UNKNOWN, dtype=np.int16)
-    first = int(reduce_zero_label)
-    classes[:first] = IGNORED_CLASS
-    classes[first : first + num_classes] = np.arange(num_classes)
-    classes[IGNORED_CLASS] = IGNORED_CLASS
-    return classes
-
-
 def _folders_of_split(folder: Path, split: str) -> tuple[Path, Path]:
     """The folders of a split's images and of its masks."""
     images = _folder_of_split(folder / "images", split)
@@ -248,12 +229,12 @@ def _pair_files(folder: Path, mask_folder: Path) -> Dataset:
     """Paths of images and masks, sorted, as 🤗 Datasets has them."""
     images, masks = _files_by_stem(folder, SUFFIXES), _files_by_stem(mask_folder, {".png"})
     lonely = [
-        f"{len(files)} {kind}, the first {[str(files[stem]) for stem in sorted(files)[:FILES_NAMED]]}"
-        for kind, files in (
-            ("image(s) without a mask", {stem: images[stem] for stem in images.keys() - masks.keys()}),
-            ("mask(s) without an image", {stem: masks[stem] for stem in masks.keys() - images.keys()}),
+        f"{len(stems)} {kind}, the first {[str(files[stem]) for stem in sorted(stems)[:3]]}"
+        for kind, files, stems in (
+            ("image(s) without a mask", images, images.keys() - masks.keys()),
+            ("mask(s) without an image", masks, masks.keys() - images.keys()),
         )
-        if files
+        if stems
     ]
     if lonely:
         raise ValueError(
@@ -261,9 +242,8 @@ def _pair_files(folder: Path, mask_folder: Path) -> Dataset:
             "and a mask ends with .png: add what is missing, or remove what is too much"
         )
     stems = sorted(images)
-    features = Features({"image": ImageFeature(decode=False), "annotation": ImageFeature(decode=False)})
     columns = {"image": [str(images[stem]) for stem in stems], "annotation": [str(masks[stem]) for stem in stems]}
-    return Dataset.from_dict(columns, features=features)
+    return Dataset.from_dict(columns, features=Features(dict.fromkeys(columns, ImageFeature(decode=False))))
 
 
 def _files_by_stem(folder: Path, suffixes: set[str]) -> dict[str, Path]:

@@ -5,16 +5,15 @@ Files are opened by `remote`, which handles `hf://` and `http(s)://` and retries
 """
 
 import hashlib
-import io
 import os
 import re
 import tarfile
-from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import groupby
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -38,39 +37,66 @@ logger = get_logger(__name__)
 T = TypeVar("T")
 
 
+class Shards(NamedTuple):
+    """Files of one kind, and where their listings are kept.
+
+    files: paths or URLs.
+    identities: what changes when a file changes (modification time, ETag), one per file; None: listings are not kept.
+    cache_dir: the folder they are kept in; None: the cache of 🤗 Datasets.
+    """
+
+    files: list[str]
+    identities: Sequence[tuple[str, ...]] | None
+    cache_dir: str | os.PathLike[str] | None
+
+    def map(self, list_file: Callable[[str], T]) -> list[T]:
+        """Applies a function to all files, in parallel threads."""
+        logger.info(f"Listing the contents of {len(self.files)} file(s), once: {some(self.files, 3)}")
+        with ThreadPoolExecutor(LISTING_THREADS) as threads:
+            return list(threads.map(list_file, self.files))
+
+    def listing(self, kind: str, list_file: Callable[[str], tuple[np.ndarray, ...]]) -> list[tuple[np.ndarray, ...]]:
+        """For each file the arrays that `list_file` gives, from disk if the same, unchanged files were listed before.
+
+        Args:
+            kind: tells listings of the same files apart.
+        """
+        if self.identities is None:
+            return self.map(list_file)
+        key = hashlib.sha256(repr([kind, list(zip(self.files, self.identities, strict=True))]).encode()).hexdigest()
+        path = Path(self.cache_dir or config.HF_DATASETS_CACHE) / "mimae_listings" / f"{key}.npz"
+        if not path.exists():
+            _write_atomically(path, self.map(list_file))
+        with np.load(path, allow_pickle=False) as stored:
+            width = len(stored.files) // len(self.files)
+            return [tuple(stored[f"{n}.{part}"] for part in range(width)) for n in range(len(self.files))]
+
+
 class ShardedSource(ImageSource):
     """Files made of blocks that are read whole. Rows are numbered file by file, block by block.
 
     Args:
-        files: paths or URLs.
         blocks_per_file: for each file the sizes of its blocks, in rows.
     """
 
     reads_blocks = True
 
     def __init__(
-        self,
-        files: Sequence[str],
-        blocks_per_file: Sequence[Sequence[int] | np.ndarray],
-        *,
-        label_names: list[str] | None,
+        self, shards: Shards, blocks_per_file: Sequence[Sequence[int] | np.ndarray], label_names: list[str] | None
     ):
-        self.files, self.name, self.label_names = list(files), some(files, 3), label_names
+        self.shards, self.files, self.label_names = shards, shards.files, label_names
+        self.name = some(self.files, 3)
         self.block_sizes = np.concatenate([np.asarray(sizes, dtype=np.int64) for sizes in blocks_per_file])
         self.block_ends = np.cumsum(self.block_sizes)
-        self.block_files = np.repeat(np.arange(len(files)), [len(sizes) for sizes in blocks_per_file])
+        self.block_files = np.repeat(np.arange(len(self.files)), [len(sizes) for sizes in blocks_per_file])
         self.file_starts = np.cumsum([0, *(int(np.sum(sizes)) for sizes in blocks_per_file)])
         self._opened: dict[str, Any] = {}
         self._process = os.getpid()
         if len(self) == 0:
-            raise ValueError(f"the files hold no image: {some(files, 3)}")
+            raise ValueError(f"the files hold no image: {self.name}")
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_opened": {}}
-
-    @abstractmethod
-    def read_block(self, block: int, rows: np.ndarray) -> list[Row]:
-        """Reads the given rows (global indices, ascending) of a block: a list of what `read` returns."""
 
     def open_file(self, path: str) -> Any:
         """Opens a shard for `opened`."""
@@ -105,30 +131,16 @@ class ParquetSource(ShardedSource):
     """Row groups of parquet files. Holds the row group that was read last.
 
     Args:
-        files: paths or URLs.
-        identities: what changes when a file changes (modification time, ETag), one per file; None: do not keep the
-            listing.
-        image_column, label_column: names; label_column may be None.
+        columns: the names of the image column and, where there are labels, of theirs.
     """
 
-    def __init__(
-        self,
-        files: Sequence[str],
-        identities: Sequence[tuple[str, ...]] | None,
-        *,
-        image_column: str,
-        label_column: str | None,
-        label_names: list[str] | None,
-        cache_dir: str | os.PathLike[str] | None,
-    ):
-        listing = _cached_listing("parquet", files, identities, cache_dir, _list_row_groups)
-        super().__init__(files, [rows for rows, _ in listing], label_names=label_names)
-        self.columns = [image_column] if label_column is None else [image_column, label_column]
-        self.has_labels = label_column is not None
-        self.identities, self.cache_dir = identities, cache_dir
-        self.fingerprint = _fingerprint(files, listing, self.columns)
-        block_numbers = [np.arange(len(rows)) for rows, _ in listing]
-        self.row_groups = np.concatenate(block_numbers)  # number of each block within its file
+    def __init__(self, shards: Shards, columns: list[str], label_names: list[str] | None):
+        listing = shards.listing("parquet", _list_row_groups)
+        super().__init__(shards, [rows for rows, _ in listing], label_names)
+        self.columns, self.has_labels = columns, len(columns) > 1
+        self.fingerprint = _fingerprint(self.files, listing, columns)
+        # number of each block within its file
+        self.row_groups = np.concatenate([np.arange(len(rows)) for rows, _ in listing])
         self._last: tuple[int, list[pa.ChunkedArray]] | tuple[None, None] = (None, None)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -156,17 +168,12 @@ class ParquetSource(ShardedSource):
 
     def _stored_labels(self) -> np.ndarray:
         """Reads only the label column of each file, and keeps it as the listing is kept."""
-        column = self.columns[1]
-
-        def read_labels(path: str) -> tuple[np.ndarray]:
-            return (integers(_read_parquet(path, column).column(0)),)
-
-        kind = f"parquet labels {column}"
-        listing = _cached_listing(kind, self.files, self.identities, self.cache_dir, read_labels)
+        kind = f"parquet labels {self.columns[1]}"
+        listing = self.shards.listing(kind, lambda path: (integers(_read_parquet(path, self.columns[1]).column(0)),))
         return np.concatenate([labels for (labels,) in listing])
 
     def _stored_file_names(self) -> list[str | None]:
-        tables = _list_all(self.files, lambda path: _read_parquet(path, f"{self.columns[0]}.path"))
+        tables = self.shards.map(lambda path: _read_parquet(path, f"{self.columns[0]}.path"))
         return [name for table in tables for name in _paths(table)]
 
 
@@ -181,25 +188,16 @@ class TarSource(ShardedSource):
     """
 
     def __init__(
-        self,
-        files: Sequence[str],
-        identities: Sequence[tuple[str, ...]] | None,
-        *,
-        image_fields: tuple[str, ...],
-        label_field: str | None,
-        label_names: list[str] | None,
-        cache_dir: str | os.PathLike[str] | None,
+        self, shards: Shards, image_fields: tuple[str, ...], label_field: str | None, label_names: list[str] | None
     ):
-        def list_samples(path: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-            return _list_samples(path, image_fields, label_field)
-
         kind = f"tar {image_fields} {label_field}"
-        listing = _cached_listing(kind, files, identities, cache_dir, list_samples)
-        sizes = [_cut(len(offsets), SAMPLES_PER_TAR_BLOCK) for offsets, _, _ in listing]
-        super().__init__(files, sizes, label_names=label_names)
+        listing = shards.listing(kind, lambda path: _list_samples(path, image_fields, label_field))
+        counts = [len(offsets) for offsets, _, _ in listing]
+        sizes = [np.diff([*range(0, count, SAMPLES_PER_TAR_BLOCK), count]) for count in counts]
+        super().__init__(shards, sizes, label_names)
         self.offsets, self.lengths, self._labels = (np.concatenate(parts) for parts in zip(*listing, strict=True))
         self.has_labels = label_field is not None
-        self.fingerprint = _fingerprint(files, listing, [])
+        self.fingerprint = _fingerprint(self.files, listing, [])
 
     def read_block(self, block: int, rows: np.ndarray) -> list[Row]:
         file = self.opened(self.files[self.block_files[block]])
@@ -216,7 +214,7 @@ class TarSource(ShardedSource):
         return self._labels
 
     def _stored_file_names(self) -> list[str | None]:
-        keys = _list_all(self.files, lambda path: dict.fromkeys(key for key, *_ in _members(path)))
+        keys = self.shards.map(lambda path: dict.fromkeys(key for key, *_ in _members(path)))
         return [key for keys_of_file in keys for key in keys_of_file]
 
 
@@ -233,13 +231,8 @@ def integers(column: pa.ChunkedArray) -> np.ndarray:
 
 def tar_fields(path: str) -> list[str]:
     """Returns the member extensions of an archive's first sample."""
-    fields, first = [], None
-    for key, field, _, _ in _members(path):
-        if first not in (None, key):
-            break
-        first = key
-        fields.append(field)
-    return fields
+    _, members = next(groupby(_members(path), key=lambda member: member[0]), (None, []))
+    return [field for _, field, *_ in members]
 
 
 def _members(path: str, read_field: str | None = None) -> Iterator[tuple[str, str, tarfile.TarInfo, bytes | None]]:
@@ -324,42 +317,11 @@ def _damage_named(path: str) -> Iterator[None]:
         raise ValueError(f"{path} is no parquet file or a damaged one, fetch it again: {error}") from error
 
 
-def _cached_listing(
-    kind: str,
-    files: Sequence[str],
-    identities: Sequence[tuple[str, ...]] | None,
-    cache_dir: str | os.PathLike[str] | None,
-    list_file: Callable[[str], tuple[np.ndarray, ...]],
-) -> list[tuple[np.ndarray, ...]]:
-    """Lists every file in parallel, or takes the listing of the same, unchanged files from disk.
-
-    Returns:
-        for each file the tuple of arrays that `list_file` gives.
-    """
-    if identities is None:
-        return _list_all(files, list_file)
-    key = hashlib.sha256(repr([kind, list(zip(files, identities, strict=True))]).encode()).hexdigest()
-    path = Path(cache_dir or config.HF_DATASETS_CACHE) / "mimae_listings" / f"{key}.npz"
-    if not path.exists():
-        _write_atomically(path, _list_all(files, list_file))
-    with np.load(path, allow_pickle=False) as stored:
-        width = len(stored.files) // len(files)
-        return [tuple(stored[f"{n}.{part}"] for part in range(width)) for n in range(len(files))]
-
-
-def _list_all(files: Sequence[str], list_file: Callable[[str], T]) -> list[T]:
-    logger.info(f"Listing the contents of {len(files)} file(s), once: {some(files, 3)}")
-    with ThreadPoolExecutor(LISTING_THREADS) as threads:
-        return list(threads.map(list_file, files))
-
-
 def _write_atomically(path: Path, listing: list[tuple[np.ndarray, ...]]) -> None:
-    content = io.BytesIO()
     named: dict[str, Any] = {f"{n}.{part}": each for n, parts in enumerate(listing) for part, each in enumerate(parts)}
-    np.savez(content, **named)
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(f".{os.getpid()}.tmp")
-    unfinished.write_bytes(content.getvalue())
+    unfinished = path.with_suffix(f".{os.getpid()}.npz")
+    np.savez(unfinished, **named)
     unfinished.replace(path)
 
 
@@ -369,10 +331,6 @@ def _fingerprint(files: Sequence[str], listing: list[tuple[np.ndarray, ...]], co
     for file, arrays in zip(files, listing, strict=True):
         digest.update(os.path.basename(file).encode() + b"\0" + b"".join(array.tobytes() for array in arrays))
     return digest.hexdigest()
-
-
-def _cut(total: int, size: int) -> list[int]:
-    return [min(size, total - start) for start in range(0, total, size)]
 
 
 def _encoded(value: dict[str, Any] | bytes | None) -> bytes:

@@ -13,7 +13,7 @@ import numpy as np
 
 from ..order import class_permutation
 from ..words import some
-from .base import ImageSource
+from .base import ImageSource, Row
 
 # The Hub's ImageNet names a file n01440764_10026_n01440764.JPEG, the original n01440764_10026.JPEG.
 APPENDED_WNID = re.compile(r"_n\d{8}$")
@@ -26,7 +26,6 @@ class SubsetSource(ImageSource):
     row "in the file" is the next of the subset, so that no image from outside replaces a bad one.
 
     Args:
-        source: any `ImageSource`.
         indices: int (m,), ascending, without repetition.
 
     Raises:
@@ -35,23 +34,20 @@ class SubsetSource(ImageSource):
 
     def __init__(self, source: ImageSource, indices: Sequence[int] | np.ndarray):
         self.source, self.indices = source, np.asarray(indices, dtype=np.int64)
-        if len(self.indices) == 0 or self.indices[0] < 0 or self.indices[-1] >= len(source):
-            raise ValueError(f"a subset of {source.name} needs indices in 0..{len(source) - 1}, got {indices}")
-        if np.any(np.diff(self.indices) <= 0):
-            raise ValueError("the indices of a subset must be ascending, without repetition")
+        if len(self.indices) == 0 or np.any(np.diff(self.indices, prepend=-1, append=len(source)) < 1):
+            raise ValueError(
+                f"a subset of {source.name} needs ascending indices in 0..{len(source) - 1}, got {indices}"
+            )
         self.blocks, self.block_sizes = np.unique(source.block_of(self.indices), return_counts=True)
         self.name = f"{len(self.indices)} images of {source.name}"
-        self.label_names, self.has_labels, self.reads_blocks = (
-            source.label_names,
-            source.has_labels,
-            source.reads_blocks,
-        )
+        self.label_names, self.has_labels = source.label_names, source.has_labels
+        self.reads_blocks = source.reads_blocks
         self.fingerprint = hashlib.sha256(source.fingerprint.encode() + self.indices.tobytes()).hexdigest()
 
-    def read(self, index: int) -> tuple[bytes | np.ndarray, int | None]:
+    def read(self, index: int) -> Row:
         return self.source.read(int(self.indices[index]))
 
-    def read_block(self, block: int, rows: np.ndarray) -> list[tuple[bytes | np.ndarray, int | None]]:
+    def read_block(self, block: int, rows: np.ndarray) -> list[Row]:
         return self.source.read_block(int(self.blocks[block]), self.indices[rows])
 
     def describe(self, index: int) -> str:
@@ -75,7 +71,6 @@ def low_shot_indices(
     Args:
         labels: int (n,), none negative.
         fraction: in (0, 1].
-        seed: non-negative integer.
         label_names: names of all classes, in label order; without them the classes are the labels that occur.
 
     Returns:
@@ -99,13 +94,10 @@ def low_shot_indices(
 
 
 def read_subset_file(path: str | os.PathLike[str], source: ImageSource) -> np.ndarray:
-    """Finds the images that a file lists, one name a line, as SimCLR's `1percent.txt` does.
+    """Finds the images that a file lists, one name a line, as SimCLR's `1percent.txt` does: int64 (m,), ascending.
 
     Names are compared without folders, extension and a WordNet id at the end: shards and copies of ImageNet differ in
     these.
-
-    Returns:
-        indices int64 (m,), ascending.
 
     Raises:
         ValueError: no such file; no name in it; names that no image has, or several; images without file names; a
@@ -120,15 +112,13 @@ def read_subset_file(path: str | os.PathLike[str], source: ImageSource) -> np.nd
     for index, name in enumerate(source.file_names()):
         rows.setdefault(_bare(name), []).append(index)
     found = {name: rows.get(_bare(name), []) for name in listed}
-    for matches, problem in (
-        ([name for name, indices in found.items() if not indices], "are not among"),
-        ([name for name, indices in found.items() if len(indices) > 1], "are the names of several of"),
-    ):
-        if matches:
-            raise ValueError(
-                f"{len(matches)} of the {len(found)} names in {path} {problem} the {len(source)} images of "
-                f"{source.name}: {some(matches)}"
-            )
+    unknown = [name for name, indices in found.items() if not indices]
+    if wrong := unknown or [name for name, indices in found.items() if len(indices) > 1]:
+        are = "are not among" if unknown else "are the names of several of"
+        raise ValueError(
+            f"{len(wrong)} of the {len(found)} names in {path} {are} the {len(source)} images of {source.name}: "
+            f"{some(wrong)}"
+        )
     indices = np.unique([indices[0] for indices in found.values()])
     labels = source.labels()
     classes = np.unique(labels) if source.label_names is None else range(len(source.label_names))
