@@ -8,6 +8,7 @@ as they are.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,9 +19,9 @@ from ..images.augmentation import Mixing, Transform
 from ..images.decoding import BadImageError, decode_image
 from ..order import augmentation_seed, mixing_seed
 from ..sources.base import ImageSource, Row
-from .loaders import BatchPlan, OrderedSamples
+from .loaders import BatchPlan
 from .randomness import random_state_kept, seed_random_state
-from .supervised import BadImages, SupervisedLoader, TrainingLoader
+from .supervised import BadImages, SupervisedLoader, SupervisedSamples, TrainingLoader
 
 IGNORED_LABEL = -100  # losses and metrics leave it out
 
@@ -53,11 +54,9 @@ class ClassificationLoader(TrainingLoader):
         seed: int = 0,
         **options: Any,
     ):
-        def samples(plan: BatchPlan) -> LabelledSamples:
-            return LabelledSamples(
-                source, plan, label_map=label_map, transform=transform, num_channels=num_channels, seed=seed
-            )
-
+        samples = partial(
+            LabelledSamples, source, label_map=label_map, transform=transform, num_channels=num_channels, seed=seed
+        )
         super().__init__(source, samples, MixedBatch(mixing, seed), seed=seed, **options)
 
 
@@ -68,10 +67,8 @@ class ClassificationEvaluationLoader(SupervisedLoader):
     r takes rows r B to (r + 1) B of it, so that gathered results are in the source's order. Beyond the last image,
     and for images that cannot be decoded, batches hold black images with label -100. Labels are int64 (B,).
 
-    Args:
-        source, transform, num_channels, label_map, num_processes, process_index, num_workers, pin_memory: as for
-            `ClassificationLoader`. A random transform gets its numbers by the index of the image alone.
-        batch_size: B.
+    Arguments are as for `ClassificationLoader`, but that `batch_size` is B; a random transform gets its numbers by the
+    index of the image alone.
 
     Raises:
         ValueError: while reading, an image without a label of the map.
@@ -90,10 +87,11 @@ class ClassificationEvaluationLoader(SupervisedLoader):
         num_workers: int = 0,
         pin_memory: bool = False,
     ):
-        starts = range(process_index * batch_size, _round_up(len(source), num_processes * batch_size), batch_size)
+        first_row = process_index * batch_size
+        starts = range(first_row, first_row + len(source), num_processes * batch_size)
         super().__init__(
             LabelledEvaluationSamples(source, label_map=label_map, transform=transform, num_channels=num_channels),
-            batch_sampler=[range(start, start + batch_size) for start in starts[::num_processes]],
+            batch_sampler=[range(start, start + batch_size) for start in starts],
             collate_fn=stack,
             num_workers=num_workers,
             pin_memory=pin_memory,
@@ -109,19 +107,17 @@ class LabelledSample(NamedTuple):
     index: int  # type: ignore[assignment]  # nobody asks a sample for tuple's method
 
 
-class LabelledSamples(OrderedSamples):
+class LabelledSamples(SupervisedSamples):
     """Augmented images with their labels."""
 
     source: ImageSource
 
     def __init__(self, source: ImageSource, plan: BatchPlan, *, label_map: np.ndarray | None, **options: Any):
         super().__init__(source, plan, **options)
-        self.label_map, self.bad_images = label_map, BadImages(source, "replaced")
+        self.label_map = label_map
 
     def _sample(self, epoch: int, index: int, row: Row) -> LabelledSample:
         decoded = self._decode_or_substitute(index, row)
-        if decoded.reason is not None:
-            self.bad_images.add(index)
         label = class_of(self.source, decoded.index, decoded.target, self.label_map)
         return LabelledSample(self._augment(epoch, index, decoded.image), label, epoch, index)
 
@@ -129,14 +125,7 @@ class LabelledSamples(OrderedSamples):
 class LabelledEvaluationSamples(Dataset[Any]):
     """Images in order with their labels; indexed by ranges of rows, which may reach beyond the last image."""
 
-    def __init__(
-        self,
-        source: ImageSource,
-        *,
-        label_map: np.ndarray | None,
-        transform: Transform,
-        num_channels: int,
-    ):
+    def __init__(self, source: ImageSource, *, label_map: np.ndarray | None, transform: Transform, num_channels: int):
         self.source, self.label_map, self.transform, self.num_channels = source, label_map, transform, num_channels
         self.bad_images = BadImages(source, "left out")
         black = transform(torch.zeros(num_channels, 1, 1, dtype=torch.uint8))  # (C, h, w)
@@ -200,7 +189,3 @@ def class_of(source: ImageSource, index: int, label: int | None, label_map: np.n
             f"{source.describe(index)} has label {label}, but the label list ends with {len(label_map) - 1}"
         )
     return int(label_map[label])
-
-
-def _round_up(number: int, multiple: int) -> int:
-    return -(-number // multiple) * multiple

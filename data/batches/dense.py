@@ -15,9 +15,8 @@ from ..images.transforms import DenseTransform
 from ..order import augmentation_seed
 from ..sources.base import Row
 from ..sources.dense import DenseSource
-from .loaders import OrderedSamples
 from .randomness import random_state_kept, seed_random_state
-from .supervised import BadImages, SupervisedLoader, TrainingLoader
+from .supervised import BadImages, SupervisedLoader, SupervisedSamples, TrainingLoader
 
 
 class DenseSample(NamedTuple):
@@ -34,7 +33,6 @@ class DenseLoader(TrainingLoader):
     Labels are int64 (B, h, w) where targets are masks of classes, else the list of the targets.
 
     Args:
-        source: where images and targets come from.
         transform: (image, target) -> (float32 (C, h, w), target), drawing only from the default generators of torch,
             Python and numpy.
         num_channels: C.
@@ -52,22 +50,16 @@ class DenseLoader(TrainingLoader):
         super().__init__(source, samples, collate, seed=seed, **options)
 
 
-class DenseSamples(OrderedSamples):
+class DenseSamples(SupervisedSamples):
     """Augmented images with their targets."""
 
     source: DenseSource
-
-    def __init__(self, source: DenseSource, *args: Any, **options: Any):
-        super().__init__(source, *args, **options)
-        self.bad_images = BadImages(source, "replaced")
 
     def _decode(self, index: int, row: Row) -> tuple[torch.Tensor, Any]:
         return self.source.decode(index, row, self.num_channels)
 
     def _sample(self, epoch: int, index: int, row: Row) -> DenseSample:
         decoded = self._decode_or_substitute(index, row)
-        if decoded.reason is not None:
-            self.bad_images.add(index)
         pixel_values, target = self._augment(epoch, index, decoded.image, decoded.target)
         return DenseSample(pixel_values, target, index)
 
@@ -78,12 +70,8 @@ class DenseEvaluationLoader(SupervisedLoader):
     What cannot be decoded is left out and named after the pass.
 
     Args:
-        source, num_channels, num_workers: as for `DenseLoader`.
         transform: (image, target) -> (float32 (C, h, w), what an evaluation needs to know besides).
         num_processes, process_index: of the distributed run.
-
-    Yields:
-        `DenseSample`.
     """
 
     def __init__(
@@ -130,13 +118,10 @@ class DenseEvaluationSamples(Dataset[Any]):
 
 def collate(samples: list[DenseSample]) -> dict[str, Any]:
     """Stacks images, and masks of classes; targets of objects stay a list, as their number differs."""
-    targets = [sample.target for sample in samples]
-    are_masks = isinstance(targets[0], torch.Tensor)
-    return {
-        "pixel_values": torch.stack([sample.pixel_values.as_subclass(torch.Tensor) for sample in samples]),
-        "labels": (
-            torch.stack([target.as_subclass(torch.Tensor) for target in targets]).long()  # (B, h, w)
-            if are_masks
-            else [{name: value.as_subclass(torch.Tensor) for name, value in target.items()} for target in targets]
-        ),
-    }
+    labels: Any = [sample.target for sample in samples]
+    if isinstance(labels[0], torch.Tensor):
+        labels = torch.stack([mask.as_subclass(torch.Tensor) for mask in labels]).long()  # (B, h, w)
+    else:
+        labels = [{name: value.as_subclass(torch.Tensor) for name, value in target.items()} for target in labels]
+    images = torch.stack([sample.pixel_values.as_subclass(torch.Tensor) for sample in samples])
+    return {"pixel_values": images, "labels": labels}

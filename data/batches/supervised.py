@@ -13,22 +13,15 @@ from typing import Any
 import torch
 
 from ..order import SampleOrder
-from ..sources.base import RowSource
-from .loaders import BatchPlan, BatchRequest, OrderedSamples
+from ..sources.base import Row, RowSource
+from .loaders import BatchPlan, BatchRequest, DecodedRow, OrderedSamples
 from .workers import GuestLoader
 
 logger = logging.getLogger(__name__)
 
-IMAGES_NAMED = 10
-
 
 class SupervisedLoader(GuestLoader):
-    """Names, after each epoch, the images that could not be decoded.
-
-    Args:
-        dataset: with `bad_images`, the `BadImages` that it has met.
-        options: of `GuestLoader`.
-    """
+    """Names, after each epoch, the images that could not be decoded: the dataset's `bad_images`, a `BadImages`."""
 
     dataset: Any
     batch_sampler: Any
@@ -57,12 +50,9 @@ class TrainingLoader(SupervisedLoader):
         source: a `RowSource` with targets.
         make_samples: makes, from the plan of this process's batches, the samples that batches consist of.
         collate: makes a batch of a list of samples.
-        per_device_batch_size: B.
-        num_processes, process_index: of the distributed run.
         seed: of the order.
-        num_workers: processes that read and decode; 0: the caller's own.
-        shuffle_window: how many rows of a sharded source are shuffled together, see `SampleOrder`.
-        pin_memory: copy batches to page-locked memory.
+        per_device_batch_size, num_processes, process_index, num_workers, shuffle_window, pin_memory: as for
+            `PretrainingLoader`.
 
     Raises:
         ValueError: fewer images than one global batch takes.
@@ -111,6 +101,20 @@ class TrainingLoader(SupervisedLoader):
         self.batch_sampler.set_epoch(epoch)
 
 
+class SupervisedSamples(OrderedSamples):
+    """Remembers the images that had to be replaced."""
+
+    def __init__(self, source: RowSource, plan: BatchPlan, **options: Any):
+        super().__init__(source, plan, **options)
+        self.bad_images = BadImages(source, "replaced")
+
+    def _decode_or_substitute(self, index: int, row: Row) -> DecodedRow:
+        decoded = super()._decode_or_substitute(index, row)
+        if decoded.reason is not None:
+            self.bad_images.add(index)
+        return decoded
+
+
 class EpochRequests:
     """The batch sampler of one epoch at a time."""
 
@@ -143,12 +147,8 @@ class BadImages:
 
     def warn(self) -> None:
         """Names the images, if there are more of them than at the last warning."""
-        if self.flags.sum() > self.warned:
-            images = self.describe()
+        images = self.describe()
+        if len(images) > self.warned:
             self.warned = len(images)
-            logger.warning(
-                "%d image(s) could not be decoded and were %s: %s",
-                len(images),
-                self.consequence,
-                images[:IMAGES_NAMED],
-            )
+            found = f"{len(images)} image(s) could not be decoded and were {self.consequence}"
+            logger.warning("%s: %s", found, images[:10])
