@@ -34,7 +34,6 @@ from .sources.base import ImageSource
 from .sources.opening import open_image_source
 
 SPLITS = {"pretrain": 10_000, "train": 1_000, "validation": 500}
-HELD_OUT = "validation"
 MOST_OBJECTS = 3
 SPRITE_SIZES = (0.35, 0.75)  # of the scene's side
 BRIGHTNESS = (0.5, 1.0)  # that a sprite is multiplied by
@@ -46,18 +45,17 @@ JPEG_QUALITY = 95
 
 
 class Object(NamedTuple):
-    """A sprite in a scene: its class, which pixels of it are seen, bool (S, S), and how many it has in all."""
+    """A sprite in a scene."""
 
     label: int
-    visible: np.ndarray
-    num_pixels: int
+    visible: np.ndarray  # which pixels of it are seen: bool (S, S)
+    num_pixels: int  # seen or not
 
     def behind(self, shape: np.ndarray) -> "Object":
         """The same with another sprite of this shape in front of it."""
         return self._replace(visible=self.visible & ~shape)
 
     def is_recognisable(self) -> bool:
-        """Whether enough of it is seen."""
         return self.visible.sum() >= LEAST_VISIBLE * self.num_pixels
 
 
@@ -68,7 +66,6 @@ class SceneComposer:
         sprites: grey images of one object each on black, with labels.
         backgrounds: RGB photographs, uint8 (H, W, 3).
         scene_size: S, pixels.
-        seed: all that is random follows from it, from `stream` and from the scene's index.
         stream: the number of the split.
     """
 
@@ -129,12 +126,10 @@ def compose_split(
 ) -> None:
     """Writes a split's images, masks and annotations; the annotations last, so that a cut-off split has none.
 
-    Args:
-        class_names: in the order of the sprites' labels; None: these numbers themselves.
+    Without `class_names` the sprites' labels themselves are the names.
     """
-    for kind in ("images", "masks"):
-        (folder / kind / split).mkdir(parents=True, exist_ok=True)
-    (folder / "annotations").mkdir(exist_ok=True)
+    for part in (f"images/{split}", f"masks/{split}", "annotations"):
+        (folder / part).mkdir(parents=True, exist_ok=True)
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     size = composer.scene_size
@@ -182,12 +177,6 @@ def run_lengths(mask: np.ndarray) -> list[int]:
     return [0, *lengths] if values[0] else lengths
 
 
-def refuse_used_folder(folder: Path) -> None:
-    """Raises a ValueError if the folder already holds a set: two of them would be read as one."""
-    if used := [kind for kind in ("images", "masks", "annotations") if (folder / kind).exists()]:
-        raise ValueError(f"{folder} holds {', '.join(used)} already: take another --output_dir, or remove it")
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Composes the splits that the flags ask for.
 
@@ -203,9 +192,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     for split, count in SPLITS.items():
         parser.add_argument(f"--{split}_images", type=int, default=count, help=f"default: {count}")
     flags = parser.parse_args(argv)
-    refuse_used_folder(flags.output_dir)
+    # two sets in one folder would be read as one
+    if used := [kind for kind in ("images", "masks", "annotations") if (flags.output_dir / kind).exists()]:
+        raise ValueError(
+            f"{flags.output_dir} holds {', '.join(used)} already: take another --output_dir, or remove it"
+        )
     for stream, split in enumerate(SPLITS):
-        held_out = split == HELD_OUT
+        held_out = split == "validation"
         sprites = open_image_source(train_dir=flags.sprites, split="test" if held_out else "train")
         if flags.class_names and len(flags.class_names) != (count := sprites.labels().max() + 1):
             raise ValueError(f"--class_names gives {len(flags.class_names)} names to {count} classes of sprites")

@@ -167,34 +167,26 @@ _LOSS_NAMES = {
 }
 
 
-class ProposalHead(RPNHead):
-    """Two convolutions, then objectness and box of each anchor.
+class InFloat32(nn.Module):
+    """Predictions in float32, also under autocast.
 
-    In float32 also under autocast, as all predictions here: torchvision computes boxes in the type of what it
-    decodes, and bfloat16 knows whole pixels only up to 256.
+    torchvision computes boxes in the type of what it decodes, and bfloat16 knows whole pixels only up to 256.
     """
 
-    def forward(self, x: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Maps (B, F, ·, ·) → logits (B, A, ·, ·) and boxes (B, 4A, ·, ·) of the A anchors of a place."""
-        logits, boxes = super().forward(x)
-        return [each.float() for each in logits], [each.float() for each in boxes]
+    def forward(self, x: Any) -> Any:
+        return _float32(super().forward(x))
 
 
-class BoxPredictor(FastRCNNPredictor):
-    """Class and box of a proposal, in float32."""
-
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(proposals, channels) → (proposals, 1+K) and (proposals, 4·(1+K)), the background first."""
-        logits, boxes = super().forward(x)
-        return logits.float(), boxes.float()
+class ProposalHead(InFloat32, RPNHead):
+    """Maps (B, F, ·, ·) → logits (B, A, ·, ·) and boxes (B, 4A, ·, ·) of the A anchors of a place."""
 
 
-class MaskPredictor(MaskRCNNPredictor):
-    """Mask of a proposal for each class, in float32."""
+class BoxPredictor(InFloat32, FastRCNNPredictor):
+    """(proposals, channels) → logits (proposals, 1+K) and boxes (proposals, 4·(1+K)), the background first."""
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """(proposals, channels, 14, 14) → logits (proposals, 1+K, 28, 28)."""
-        return super().forward(input).float()
+
+class MaskPredictor(InFloat32, MaskRCNNPredictor):
+    """(proposals, channels, 14, 14) → logits (proposals, 1+K, 28, 28)."""
 
 
 class RoIAlign(MultiScaleRoIAlign):
@@ -318,10 +310,9 @@ def build_mask_rcnn(
     Raises:
         StrictDataclassError (of huggingface_hub): see `MaskRCNNConfig`.
     """
-    id2label = dict(id2label)
     label2id = {name: label for label, name in id2label.items()}
     attention = backbone.config._attn_implementation
-    config = MaskRCNNConfig(backbone_config=backbone.config, id2label=id2label, label2id=label2id, **fields)
+    config = MaskRCNNConfig(backbone_config=backbone.config, id2label=dict(id2label), label2id=label2id, **fields)
     model = MaskRCNNForInstanceSegmentation(config)
     model.backbone = backbone
     backbone.config._attn_implementation = attention  # which the outer model has set to its own
@@ -331,13 +322,7 @@ def build_mask_rcnn(
 def check_labels(
     labels: Sequence[Mapping[str, torch.Tensor]] | None, num_images: int, size: tuple[int, int], num_labels: int
 ) -> None:
-    """Raises a ValueError for labels from which no finite loss could be computed.
-
-    Args:
-        labels: see `MaskRCNNForInstanceSegmentation.forward`.
-        size: (height, width) of the images, in pixels.
-        num_labels: K.
-    """
+    """Raises a ValueError for labels, as `forward` takes them, that would give no finite loss; `num_labels` is K."""
     if labels is None or len(labels) != num_images:
         raise ValueError(f"{0 if labels is None else len(labels)} labels for {num_images} images: training needs all")
     for index, each in enumerate(labels):
@@ -356,6 +341,11 @@ def check_labels(
             raise ValueError(
                 f"image {index} of the batch: a label outside 0 … {num_labels - 1}: id2label is of other classes"
             )
+
+
+def _float32(outputs: Any) -> Any:
+    """Converts a tensor, or a list or tuple of such, however deep."""
+    return outputs.float() if isinstance(outputs, torch.Tensor) else type(outputs)(map(_float32, outputs))
 
 
 def _as_target(label: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -51,13 +51,7 @@ class UperNet(DenseModelMixin, UperNetForSemanticSegmentation):
 
 
 def mean_cross_entropy(logits: torch.Tensor, labels: torch.Tensor, ignored: int) -> torch.Tensor:
-    """Mean over the pixels that have a class, 0 if none has one.
-
-    Args:
-        logits: (B, K, H, W).
-        labels: (B, H, W), int64.
-        ignored: label of a pixel without a class.
-    """
+    """Mean over the pixels that have a class, 0 if none has one; logits (B, K, H, W), labels (B, H, W), int64."""
     total = nn.functional.cross_entropy(logits, labels, ignore_index=ignored, reduction="sum")
     return total / (labels != ignored).sum().clamp_min(1)
 
