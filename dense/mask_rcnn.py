@@ -141,9 +141,8 @@ class MaskRCNNConfig(PreTrainedConfig):
 
 @dataclass
 class MaskRCNNOutput(ModelOutput):
-    """Losses in training mode, detections in evaluation mode.
+    """Losses in training mode, scalars, `loss` being their sum; detections in evaluation mode.
 
-    loss: the sum of the five that follow, all scalars.
     detections: for each image `boxes` (n, 4), XYXY in pixels of the input, `scores` (n,), falling, `labels` (n,) in
         0 … K-1, and `masks` (n, 1, 28, 28), probabilities within the box.
     """
@@ -193,11 +192,7 @@ class RoIAlign(MultiScaleRoIAlign):
     """Crops from the level that suits a box (FPN, arXiv 1612.03144, Eq. 1), at its true stride.
 
     torchvision infers strides from the largest image of the first batch that it sees, which may be much smaller than
-    the padded ones that the maps are of.
-
-    Args:
-        side: of a crop.
-        stride: of the finest map.
+    the padded ones that the maps are of. `side` is that of a crop, `stride` that of the finest map.
     """
 
     def __init__(self, side: int, stride: int):
@@ -300,15 +295,11 @@ class MaskRCNNForInstanceSegmentation(DenseModelMixin, PreTrainedModel):
 def build_mask_rcnn(
     backbone: PreTrainedModel, *, id2label: Mapping[int, str], **fields: Any
 ) -> MaskRCNNForInstanceSegmentation:
-    """A new Mask R-CNN on an encoder, which becomes a part of it.
+    """A new Mask R-CNN on an encoder, which becomes a part of it; `fields` are of `MaskRCNNConfig`, as are errors.
 
     Args:
         backbone: with one feature map, that of the last block.
         id2label: names of the K classes, from 0 on.
-        fields: of `MaskRCNNConfig`.
-
-    Raises:
-        StrictDataclassError (of huggingface_hub): see `MaskRCNNConfig`.
     """
     label2id = {name: label for label, name in id2label.items()}
     attention = backbone.config._attn_implementation

@@ -113,7 +113,6 @@ def mixing(
     """Mixup (arXiv 1710.09412), CutMix (arXiv 1905.04899) and label smoothing, by timm, for whole batches.
 
     Args:
-        num_classes: K.
         batch_size: B, images of one process and step.
         mixup, cutmix: α of the Beta(α, α) that the share of an image is drawn from; 0: off.
         probability: that a batch is mixed at all.

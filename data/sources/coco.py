@@ -53,19 +53,12 @@ EMPTY_MASK = "a mask without a pixel"
 
 @dataclass(frozen=True)
 class CocoAnnotations:
-    """What an annotation file says.
+    """What an annotation file says."""
 
-    Attributes:
-        images: by id, in the order of the file; each has `file_name`, `height` and `width`.
-        class_names: by category id, ascending.
-        objects: annotations by image id, as in the file, without those in `left_out`; crowds are among them.
-        left_out: ids of the annotations that cannot be used, by what is wrong with them.
-    """
-
-    images: dict[int, dict[str, Any]]
-    class_names: dict[int, str]
-    objects: dict[int, list[Annotation]]
-    left_out: dict[str, list[int]]
+    images: dict[int, dict[str, Any]]  # by id, in the order of the file; each has `file_name`, `height` and `width`
+    class_names: dict[int, str]  # by category id, ascending
+    objects: dict[int, list[Annotation]]  # by image id, as in the file, crowds too, without those in `left_out`
+    left_out: dict[str, list[int]]  # ids of the annotations that cannot be used, by what is wrong with them
 
 
 def read_annotations(path: str | os.PathLike[str]) -> CocoAnnotations:

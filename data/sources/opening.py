@@ -100,11 +100,7 @@ def image_splits(
     train_dir: str | os.PathLike[str] | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
 ) -> list[str]:
-    """The splits that a data set or a folder has, none of which is opened; see `open_image_source`.
-
-    Raises:
-        ValueError: no such folder, no access on the Hub.
-    """
+    """The splits of what `open_image_source` would open. Raises: ValueError, no such folder, no access to the Hub."""
     if dataset_name == DIGITS or not (dataset_name or train_dir):
         return list(DIGITS_SPLITS)
     if train_dir and (kind := _folder_kind(train_dir, "--train_dir")):

@@ -38,16 +38,11 @@ T = TypeVar("T")
 
 
 class Shards(NamedTuple):
-    """Files of one kind, and where their listings are kept.
+    """Files of one kind, and where their listings are kept."""
 
-    files: paths or URLs.
-    identities: what changes when a file changes (modification time, ETag), one per file; None: listings are not kept.
-    cache_dir: the folder they are kept in; None: the cache of 🤗 Datasets.
-    """
-
-    files: list[str]
-    identities: Sequence[tuple[str, ...]] | None
-    cache_dir: str | os.PathLike[str] | None
+    files: list[str]  # paths or URLs
+    identities: Sequence[tuple[str, ...]] | None  # they change with the file (time, ETag); None: no listing is kept
+    cache_dir: str | os.PathLike[str] | None  # default: the cache of 🤗 Datasets
 
     def map(self, list_file: Callable[[str], T]) -> list[T]:
         """Applies a function to all files, in parallel threads."""
@@ -56,11 +51,7 @@ class Shards(NamedTuple):
             return list(threads.map(list_file, self.files))
 
     def listing(self, kind: str, list_file: Callable[[str], tuple[np.ndarray, ...]]) -> list[tuple[np.ndarray, ...]]:
-        """For each file the arrays that `list_file` gives, from disk if the same, unchanged files were listed before.
-
-        Args:
-            kind: tells listings of the same files apart.
-        """
+        """For each file what `list_file` gives, from disk if the same, unchanged files had a listing of this kind."""
         if self.identities is None:
             return self.map(list_file)
         key = hashlib.sha256(repr([kind, list(zip(self.files, self.identities, strict=True))]).encode()).hexdigest()
