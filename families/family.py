@@ -13,27 +13,18 @@ from ..flags.model_fields import config_fields
 from ..flags.option import RecipeError
 from ..modeling_mim import MIMEncoderMixin, MIMForImageClassificationMixin, MIMForPreTrainingMixin, MIMPreTrainedMixin
 
-# what a backbone has beside its sizes, as every encoder
-BACKBONE_FIELDS = (
-    "drop_path_rate",
-    "hidden_dropout_prob",
-    "attention_probs_dropout_prob",
-    "layer_norm_eps",
-    "hidden_act",
-    "initializer_range",
-)
-# what transformers' encoders and ours call the same
-STOCK_FIELDS = (
-    "image_size",
-    "patch_size",
-    "num_channels",
-    "qkv_bias",
+# what every encoder has beside its sizes, called the same in transformers' encoders and in ours
+_COMMON_FIELDS = (
     "hidden_act",
     "hidden_dropout_prob",
     "attention_probs_dropout_prob",
     "initializer_range",
     "layer_norm_eps",
 )
+BACKBONE_FIELDS = ("drop_path_rate", *_COMMON_FIELDS)
+STOCK_FIELDS = ("image_size", "patch_size", "num_channels", "qkv_bias", *_COMMON_FIELDS)
+# what changes how a model is trained, but none of its weights
+TRAINING_FIELDS = ("drop_path_rate", "hidden_dropout_prob", "attention_probs_dropout_prob", "layer_norm_eps")
 StateDict = Mapping[str, torch.Tensor]
 # by `model_type`, in the order of registration; `registry` fills it
 FAMILIES: "dict[str, Family]" = {}
@@ -110,10 +101,6 @@ class StockModel:
         return (self.classifier_class, {}) if has_classifier else (self.encoder_class, self.encoder_arguments)
 
 
-def _as_they_are(state: StateDict, there: PreTrainedConfig, model: PreTrainedModel) -> StateDict:
-    return state
-
-
 @dataclass(frozen=True, kw_only=True)
 class Family:
     """A kind of model.
@@ -159,7 +146,7 @@ class Family:
     free_fields: tuple[str, ...] = ()
     dense_fields: tuple[str, ...] = ()
     geometry_fields: tuple[str, ...] = ()
-    fit_weights: Callable[[StateDict, Any, Any], StateDict] = _as_they_are
+    fit_weights: Callable[[StateDict, Any, Any], StateDict] = lambda state, there, model: state
     head_keys: tuple[str, ...] = (r"classifier\.",)
     backbone_keys: tuple[str, ...] = ()
     poolings: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: {"mean": {}})

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, SwinConfig, SwinForImageClassification
 
 from ...configuration_misimmim import MISimMIMConfig
 from ...modeling_misimmim import MISimMIMForImageClassification, MISimMIMForPreTraining, MISimMIMModel
-from ..family import STOCK_FIELDS, CardWords, Family, StateDict, StockModel
+from ..family import STOCK_FIELDS, TRAINING_FIELDS, CardWords, Family, StateDict, StockModel
 
 logger = logging.getLogger(__name__)
 
@@ -156,26 +156,10 @@ FAMILY = Family(
     pretraining_types=("misimmim", "swin"),
     downstream_types=("misimmim", "swin"),
     size_fields=(
-        "embed_dim",
-        "depths",
-        "num_heads",
-        "window_size",
-        "mlp_ratio",
-        "patch_size",
-        "encoder_stride",
-        "num_channels",
-        "qkv_bias",
-        "use_absolute_embeddings",
+        *("embed_dim", "depths", "num_heads", "window_size", "mlp_ratio", "qkv_bias", "use_absolute_embeddings"),
+        *("patch_size", "encoder_stride", "num_channels"),
     ),
-    free_fields=(
-        "image_size",
-        "window_size",
-        "mask_patch_size",
-        "drop_path_rate",
-        "hidden_dropout_prob",
-        "attention_probs_dropout_prob",
-        "layer_norm_eps",
-    ),
+    free_fields=("image_size", "window_size", "mask_patch_size", *TRAINING_FIELDS),
     geometry_fields=("image_size", "window_size", "mask_patch_size"),
     fit_weights=fit_tables,
     remark=padding_remark,

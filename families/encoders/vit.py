@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification, 
 from ...configuration_mimae import MIMAEConfig
 from ...modeling_mimae import MIMAEForImageClassification, MIMAEForPreTraining, MIMAEModel, interpolate_positions
 from ...modeling_mimae_backbone import MIMAEBackbone, resize_bias, resize_embeddings
-from ..family import STOCK_FIELDS, CardWords, Family, StateDict, StockModel
+from ..family import STOCK_FIELDS, TRAINING_FIELDS, CardWords, Family, StateDict, StockModel
 
 logger = logging.getLogger(__name__)
 
@@ -87,28 +87,12 @@ FAMILY = Family(
     pretraining_types=("mimae", "vit_mae"),
     downstream_types=("mimae", "vit_mae", "vit"),
     size_fields=(
-        "hidden_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "decoder_num_attention_heads",
-        "intermediate_size",
-        "image_size",
-        "patch_size",
-        "num_channels",
-        "qkv_bias",
-        "decoder_hidden_size",
-        "decoder_num_hidden_layers",
-        "decoder_intermediate_size",
+        *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "qkv_bias"),
+        *("decoder_hidden_size", "decoder_num_hidden_layers"),
+        *("decoder_num_attention_heads", "decoder_intermediate_size"),
+        *("image_size", "patch_size", "num_channels"),
     ),
-    free_fields=(
-        "image_size",
-        "drop_path_rate",
-        "classifier_pooling",
-        "latent_pooling",
-        "hidden_dropout_prob",
-        "attention_probs_dropout_prob",
-        "layer_norm_eps",
-    ),
+    free_fields=("image_size", "classifier_pooling", "latent_pooling", *TRAINING_FIELDS),
     dense_fields=(
         "use_relative_position_bias",
         "use_relative_position_embeddings",
