@@ -43,7 +43,6 @@ def save_confusion_matrix(
     Args:
         labels, predictions: class indices (n,).
         label_names: of the K classes, in label order.
-        path: where the PNG goes.
 
     Raises:
         ValueError: no image; labels without a name; more than 1,000 classes.
@@ -92,7 +91,6 @@ def save_feature_map(
         features: (n, D).
         labels: class indices (n,).
         label_names: of the K classes, in label order; with more than 20 there is no legend.
-        path: where the PNG goes.
         method: "tsne" (van der Maaten and Hinton 2008) or "pca".
         seed: of the choice of images and of t-SNE.
 

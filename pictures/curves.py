@@ -10,9 +10,9 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ..modeling_mim import LossTerm, MIMForPreTrainingOutput, loss_terms_of
+from ..modeling_mim import LossTerm
 from ..training.jsonl import read_jsonl
-from .classes import save_figure
+from .classes import DPI, save_figure
 
 logger = logging.getLogger(__name__)
 
@@ -23,19 +23,15 @@ Panels = tuple[tuple[str, dict[str, str]], ...]
 def pretraining_panels(loss_terms: Mapping[str, LossTerm]) -> Panels:
     """A panel for each loss term that has a meaning, then the learning rate and the probes."""
     terms = [(name, term) for name, term in loss_terms.items() if term.meaning]
+    # L_max with its index lowered
+    symbols = {name: re.sub("_(.+)", r"_\\mathrm{\1}", term.symbol) for name, term in terms}
     return (
-        *((f"{term.meaning}, {_in_mathematics(term.symbol)}", {name: ""}) for name, term in terms),
+        *((f"{term.meaning}, ${symbols[name]}$", {name: ""}) for name, term in terms),
         ("Learning rate", {"learning_rate": ""}),
         ("Accuracy on frozen features", {"knn_accuracy": "k-NN", "linear_accuracy": "linear"}),
     )
 
 
-def _in_mathematics(symbol: str) -> str:
-    """L_max with its index lowered."""
-    return "$" + re.sub("_(.+)", r"_\\mathrm{\1}", symbol) + "$"
-
-
-PRETRAINING_PANELS = pretraining_panels(loss_terms_of(MIMForPreTrainingOutput))
 CLASSIFICATION_PANELS: Panels = (
     ("Loss, of training with its mixing and smoothing", {"loss": "training", "eval_loss": "held out"}),
     ("Accuracy on held-out images", {"eval_accuracy": "top 1", "eval_top5_accuracy": "top 5"}),
@@ -43,10 +39,7 @@ CLASSIFICATION_PANELS: Panels = (
 )
 SEGMENTATION_PANELS: Panels = (
     ("Loss, of both heads", {"loss": ""}),
-    (
-        "On held-out images",
-        {"eval_mean_iou": "mIoU", "eval_mean_accuracy": "mAcc", "eval_overall_accuracy": "aAcc"},
-    ),
+    ("On held-out images", {"eval_mean_iou": "mIoU", "eval_mean_accuracy": "mAcc", "eval_overall_accuracy": "aAcc"}),
     ("Learning rate", {"learning_rate": ""}),
 )
 DETECTION_PANELS: Panels = (
@@ -74,9 +67,9 @@ def save_curves(
     metrics_path: str | os.PathLike[str],
     picture_path: str | os.PathLike[str],
     *,
-    panels: Panels = PRETRAINING_PANELS,
+    panels: Panels,
     gate_threshold: float | None = None,
-) -> Path | None:
+) -> None:
     """Draw losses, learning rate and accuracies over the steps of a run as a PNG; what was not logged is left out.
 
     With `gate_threshold`, the threshold of L_rec is drawn in, and the first logged step at which the gate was open.
@@ -84,21 +77,17 @@ def save_curves(
 
     Args:
         metrics_path: one JSON object a line, with `step` and any metrics.
-        picture_path: where the PNG goes; it appears whole or not at all.
+        picture_path: where the PNG goes, whole or not at all; not if nothing was logged that could be drawn.
         panels: which metrics are drawn, and where.
         gate_threshold: the value of L_rec below which the information terms begin to train.
-
-    Returns:
-        The picture's path, or `None` if nothing was logged that could be drawn.
     """
     series = _read_series(Path(metrics_path))
     drawn = [(title, names) for title, names in panels if series.keys() & names.keys()]
     if not drawn:
         logger.warning("%s holds no metric to draw, so there is no %s", metrics_path, Path(picture_path).name)
-        return None
-    gate_step = None
-    if gate_threshold is not None:
-        gate_step = min((step for step, active in series.get("mi_active", {}).items() if active), default=None)
+        return
+    gate = {} if gate_threshold is None else series.get("mi_active", {})
+    gate_step = min((step for step, is_open in gate.items() if is_open), default=None)
 
     num_columns = min(3, len(drawn))
     num_rows = math.ceil(len(drawn) / num_columns)
@@ -113,8 +102,7 @@ def save_curves(
             axes.axvline(gate_step, color=FAINT, linewidth=0.8, label=label)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(frameon=False, fontsize=8)
-    save_figure(figure, picture_path, dpi=150)
-    return Path(picture_path)
+    save_figure(figure, picture_path, DPI)
 
 
 def _read_series(path: Path) -> Series:

@@ -22,6 +22,7 @@ SIDE = 2.6  # inches of an image's longer side
 PAIRS_IN_A_ROW = 2
 COLUMN_TITLES = ("true", "detected")
 MASK_OPACITY = 0.45
+MIN_SCORE = 0.5
 
 
 def save_detections(
@@ -30,12 +31,10 @@ def save_detections(
     references: Sequence[dict[str, Any]],
     class_names: Sequence[str],
     path: str | os.PathLike[str],
-    *,
-    min_score: float = 0.5,
 ) -> None:
     """Draw images with their objects and, beside each, with its detections, as a PNG that appears whole or not.
 
-    A class has one colour throughout. Detections are named with their scores, in per cent.
+    A class has one colour throughout. Detections of a score of at least 0.5 are drawn, and named with it in %.
 
     Args:
         images: uint8 (C, H, W) each, C 1 or 3, of any sizes.
@@ -43,8 +42,6 @@ def save_detections(
             `masks`, m run-length codes.
         references: of each image, as `CocoSource.decode` gives them: `boxes` (n, 4), `labels`, `masks` (n, H, W).
         class_names: of the K classes, in label order.
-        path: where the PNG goes.
-        min_score: detections with a lower score are not drawn.
 
     Raises:
         ValueError: no image, or other numbers of images, detections and references.
@@ -65,7 +62,7 @@ def save_detections(
         names = [class_names[label] for label in truth["labels"]]
         _draw(panel[0], image, truth["boxes"], truth["masks"].numpy(), truth["labels"], names)
         order = found["scores"].argsort()  # the surest is drawn last, on top
-        chosen = order[found["scores"][order] >= min_score]
+        chosen = order[found["scores"][order] >= MIN_SCORE]
         masks = [run_length.decode(found["masks"][index]) for index in chosen]
         labels = found["labels"][chosen]
         scored = [

@@ -71,25 +71,20 @@ def save_reconstructions(
     norm_pix_loss: bool,
     mean: Sequence[float],
     std: Sequence[float],
-    max_images: int = 8,
 ) -> None:
     """Draw `reconstruction_images` as a PNG, one row an image. It appears at `path` whole or not at all.
 
     One channel is shown as grey, three as RGB, any other number as the grey of their mean.
 
     Args:
-        path: where the PNG goes.
-        pixel_values, logits, mask, unit_size, norm_pix_loss: as in `reconstruction_images`.
+        pixel_values, logits, mask, unit_size, norm_pix_loss: as in `reconstruction_images`, on the CPU.
         mean, std: per channel, what the pixels in [0, 1] were normalised with.
-        max_images: rows, at most.
     """
-    offset, scale = (
-        torch.tensor(values, device=pixel_values.device)[:, None, None] for values in (mean, std)
-    )  # (C, 1, 1)
+    offset, scale = (torch.tensor(each)[:, None, None] for each in (mean, std))  # (C, 1, 1)
     images = reconstruction_images(
-        pixel_values[:max_images],
-        logits[:max_images].detach(),
-        mask[:max_images],
+        pixel_values,
+        logits.detach(),
+        mask,
         unit_size=unit_size,
         norm_pix_loss=norm_pix_loss,
         mask_color=((0.5 - offset) / scale).flatten(),
@@ -102,7 +97,7 @@ def _to_rgb(images: torch.Tensor) -> np.ndarray:
     """(B, K, C, H, W) in [0, 1] to (B, K, H, W, 3) in [0, 1]."""
     if images.shape[2] != 3:
         images = images.mean(2, keepdim=True).expand(-1, -1, 3, -1, -1)
-    return images.clamp(0, 1).movedim(2, -1).cpu().numpy()
+    return images.clamp(0, 1).movedim(2, -1).numpy()
 
 
 def _draw(images: np.ndarray, num_masks: int) -> Figure:

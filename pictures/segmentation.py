@@ -44,7 +44,6 @@ def save_segmentations(
         predictions: n label maps (H, W).
         references: n label maps (H, W), 255 where a pixel is ignored.
         class_names: of the K classes, in order of their indices.
-        path: where the PNG goes.
 
     Raises:
         ValueError: no image; a label map of another size than its image; a class without a name.

@@ -17,8 +17,8 @@ from runs import pretrain
 from mimae.families.family import FAMILIES
 from mimae.hub.model_card import write_backbone_card, write_classification_card, write_model_card
 from mimae.jobs.results import source_commit
-from mimae.modeling_mim import patchify, unpatchify
-from mimae.pictures.curves import save_curves
+from mimae.modeling_mim import MIMForPreTrainingOutput, loss_terms_of, patchify, unpatchify
+from mimae.pictures.curves import CLASSIFICATION_PANELS, pretraining_panels, save_curves
 from mimae.pictures.reconstructions import reconstruction_images, save_reconstructions
 
 pytestmark = pytest.mark.usefixtures("drawn")
@@ -86,14 +86,13 @@ def test_the_png_holds_the_pixels_of_every_image(tmp_path, channels):
     pixel_values, logits, mask = make_views(channels, True)
     save_reconstructions(
         tmp_path / "reconstructions.png",
-        pixel_values,
-        logits.requires_grad_(),
-        mask,
+        pixel_values[:1],
+        logits[:1].requires_grad_(),
+        mask[:1],
         unit_size=PATCH_SIZE,
         norm_pix_loss=True,
         mean=MEAN[channels],
         std=STD[channels],
-        max_images=1,
     )
     assert [path.name for path in tmp_path.iterdir()] == ["reconstructions.png"]
     picture = np.asarray(Image.open(tmp_path / "reconstructions.png").convert("RGB")).astype(int)
@@ -127,10 +126,11 @@ def test_curves_are_drawn_from_what_is_there(tmp_path):
             {"step": 40, "reconstruction_loss": 0.4, "mi_active": True},
         ],
     )
-    assert save_curves(metrics, picture, gate_threshold=0.5) == picture
+    panels = pretraining_panels(loss_terms_of(MIMForPreTrainingOutput))
+    save_curves(metrics, picture, panels=panels, gate_threshold=0.5)
     two_panels = Image.open(picture).size
     write_metrics(metrics, [{"step": 10, "reconstruction_loss": 0.9}])
-    save_curves(metrics, picture)
+    save_curves(metrics, picture, panels=panels)
     one_panel = Image.open(picture).size
     assert two_panels[0] == 2 * one_panel[0]
     assert {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl", "curves.png"}
@@ -138,7 +138,7 @@ def test_curves_are_drawn_from_what_is_there(tmp_path):
 
 def test_nothing_to_draw_draws_nothing(tmp_path, caplog):
     write_metrics(tmp_path / "metrics.jsonl", [{"step": 1, "images_per_second": 5.0}])
-    assert save_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png") is None
+    save_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png", panels=CLASSIFICATION_PANELS)
     assert "no metric to draw" in caplog.text
     assert not (tmp_path / "curves.png").exists()
 
