@@ -16,7 +16,7 @@ import argparse
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -46,37 +46,8 @@ from .formats import (
 from .official_mae import PLAIN_MAE, model_from_official, read_official_file
 
 TOLERANCE = 1e-5
-
-
-@dataclass(frozen=True)
-class Export:
-    """What was written: where, how far its outputs are from the checkpoint's, and Python text that loads it."""
-
-    path: Path
-    difference: float
-    usage: str
-
-
-def export_checkpoint(
-    checkpoint: str | os.PathLike[str], out: str | os.PathLike[str], to: str, *, overwrite: bool = False, **known: Any
-) -> float:
-    """Write a checkpoint in another format.
-
-    Args:
-        checkpoint: folder, Hub name or file; see `load_source`.
-        out: folder or file; see `export`.
-        to: one of `formats`.
-        overwrite: replace an earlier export.
-        known: of a file, what its shapes do not tell; see `load_source`.
-
-    Returns:
-        The largest difference of an output, relative to the largest output of its kind; at most `TOLERANCE`.
-
-    Raises:
-        ValueError: the checkpoint cannot be read; an `ExportError`: it cannot be exported so, and `out` is untouched.
-        OSError: there is no such checkpoint, or `out` cannot be written.
-    """
-    return export(load_source(checkpoint, **known), out, to, overwrite=overwrite).difference
+# flags, and arguments of `load_source`
+KNOWN_OF_A_FILE = ("image_size", "num_attention_heads", "decoder_num_attention_heads")
 
 
 def load_source(checkpoint: str | os.PathLike[str], **known: Any) -> Source:
@@ -105,7 +76,7 @@ def load_source(checkpoint: str | os.PathLike[str], **known: Any) -> Source:
     return _load_pretrained(checkpoint)
 
 
-def export(source: Source, out: str | os.PathLike[str], to: str, *, overwrite: bool = False) -> Export:
+def export(source: Source, out: str | os.PathLike[str], to: str, *, overwrite: bool = False) -> tuple[float, str]:
     """Write a model in another format, read it back, and compare the two before it gets its name.
 
     Differences are relative to the largest output of a kind: features before a last norm are large, and a new
@@ -115,6 +86,10 @@ def export(source: Source, out: str | os.PathLike[str], to: str, *, overwrite: b
         out: a folder; a `.pth` file for "mae" and "detectron2"; either, or a `.safetensors` file, for "timm".
         to: one of `formats`.
         overwrite: replace an earlier export, but no folder that holds anything else.
+
+    Returns:
+        The largest difference of an output, relative to the largest output of its kind, at most `TOLERANCE`; and
+        Python text that loads the export.
 
     Raises:
         ExportError: see the message; `out` is untouched.
@@ -142,7 +117,7 @@ def export(source: Source, out: str | os.PathLike[str], to: str, *, overwrite: b
         if out.exists():
             out.rename(Path(scratch) / "replaced")
         partial.rename(out)
-    return Export(out, difference, target.usage(source, out))
+    return difference, target.usage(source, out)
 
 
 def largest_difference(expected: Outputs, found: Outputs) -> float:
@@ -182,12 +157,8 @@ def _load_pretrained(checkpoint: str | os.PathLike[str]) -> Source:
         raise ValueError(f"{checkpoint} holds {architecture}; what can be exported is {', '.join(ours | stock)}")
     model_class = (ours | stock)[architecture]
     try:
-        model, info = load_and_tell(
-            model_class,
-            checkpoint,
-            dtype=torch.float32,
-            **({"config": _plain_config(checkpoint, model_class)} if architecture in stock else {}),
-        )
+        known = {"config": _plain_config(checkpoint, model_class)} if architecture in stock else {}
+        model, info = load_and_tell(model_class, checkpoint, dtype=torch.float32, **known)
     except (RuntimeError, StrictDataclassError, SafetensorError) as error:
         raise ValueError(f"{checkpoint}: a config.json or parameters that cannot be used ({error})") from error
     if missing := sorted(name for name in info["missing_keys"] if not name.startswith("mi_gate.")):
@@ -245,19 +216,13 @@ def _is_export(folder: Path) -> bool:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     args = _parser().parse_args(argv)
-    known = {
-        "image_size": args.image_size,
-        "num_attention_heads": args.num_attention_heads,
-        "decoder_num_attention_heads": args.decoder_num_attention_heads,
-    }
+    known = {name: getattr(args, name) for name in KNOWN_OF_A_FILE}
     try:
-        written = export(load_source(args.checkpoint, **known), args.out, args.to, overwrite=args.overwrite)
+        difference, usage = export(load_source(args.checkpoint, **known), args.out, args.to, overwrite=args.overwrite)
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
-    print(
-        f"wrote {written.path}; outputs differ by at most {written.difference:.1e} of the largest\n\n{written.usage}"
-    )
+    print(f"wrote {args.out}; outputs differ by at most {difference:.1e} of the largest\n\n{usage}")
     return 0
 
 

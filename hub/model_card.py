@@ -95,20 +95,15 @@ def write_model_card(
 def write_classification_card(
     folder: str | os.PathLike[str], *, results: Mapping[str, Any], pictures: list[str]
 ) -> Path:
-    """Write `folder/README.md` for a classifier. What `results` lacks is reported as not measured.
+    """As `write_model_card`, for a classifier.
 
     Args:
-        folder: the model's folder.
         results: `results.json` of a run: `task` ("finetune" or "linear_probe"), and, all optional, `model_type`,
             `dataset`, `test_images` (how many), `metrics` (`accuracy` and `top5_accuracy` as fractions, `loss`, and
             others by name), `robustness` (`imagenet_a`, `imagenet_r` and `imagenet_sketch`, each with metrics of its
             own; `imagenet_c`, and `corruptions` made on the fly, each as `corruption_table` of `evaluation.robustness`
             returns it), `recipe`, `untrained` (`True`: the checkpoint gave its sizes alone), `seed`, `commit`,
             `hardware` and `versions` (dicts).
-        pictures: PNG files in `folder`.
-
-    Returns:
-        The card's path.
 
     Raises:
         ValueError: a task that leaves no classifier, or a picture that lies outside `folder`.
@@ -147,16 +142,11 @@ def write_classification_card(
 
 
 def write_dense_card(folder: str | os.PathLike[str], *, results: Mapping[str, Any], pictures: list[str]) -> Path:
-    """Write `folder/README.md` for a model of segmentation or detection. What `results` lacks is not measured.
+    """As `write_model_card`, for a model of segmentation or detection.
 
     Args:
-        folder: the model's folder.
         results: `results.json` of a run: `task` ("segmentation" or "detection"), and, all optional, `metrics`
             (fractions by name), and what `write_classification_card` takes beside its own metrics.
-        pictures: PNG files in `folder`.
-
-    Returns:
-        The card's path.
 
     Raises:
         ValueError: another task, or a picture that lies outside `folder`.
@@ -185,16 +175,11 @@ def write_dense_card(folder: str | os.PathLike[str], *, results: Mapping[str, An
 def write_backbone_card(
     folder: str | os.PathLike[str], *, stock: StockModel, base_model: str, checkpoint: str, revision: str | None = None
 ) -> Path:
-    """Write `folder/README.md` for the stock encoder that was exported from a model.
+    """Write `folder/README.md` for the stock encoder that was exported from a model, and return its path.
 
     Args:
-        folder: the exported model's folder.
-        stock: what it is.
         base_model: the repository of the model that it is the encoder of.
         checkpoint, revision: the repository that the card will lie in, and the branch of it, if not the main one.
-
-    Returns:
-        The card's path.
     """
     return _write(
         folder,

@@ -221,11 +221,7 @@ def _push_backbone(uploader: Uploader, folder: Path, report: PushReport, branch:
             return
         url = uploader.create(report.repo_id if branch else f"{report.repo_id}-backbone")
         write_backbone_card(exported, stock=stock, base_model=report.repo_id, checkpoint=url.repo_id, revision=branch)
-        files = files_to_push(exported, url.repo_id)
-        if branch:
-            uploader.replace(url.repo_id, files, branch)
-        else:
-            uploader.commit(url.repo_id, files)
+        uploader.commit(url.repo_id, files_to_push(exported, url.repo_id), branch)
         report.backbone_url = f"{url}/tree/{branch}" if branch else str(url)
 
 
@@ -236,9 +232,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: flags; None = the command line.
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", help="a model's folder, as a run leaves it, or one of its checkpoints")
+    parser.add_argument(
+        "folder", metavar="checkpoint", help="a model's folder, as a run leaves it, or one of its checkpoints"
+    )
     parser.add_argument("repo_id", help="owner/name, or a name under your own user")
-    parser.add_argument("--private", action="store_true", help="make new repositories private")
+    parser.add_argument("--private", action="store_true", default=None, help="make new repositories private")
     parser.add_argument(
         "--backbone",
         choices=get_args(Backbone),
@@ -247,15 +245,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--backbone_revision", default="backbone", help="that branch")
     parser.add_argument("--commit_message", default="Upload model")
-    args = parser.parse_args(argv)
-    report = push_checkpoint(
-        args.checkpoint,
-        args.repo_id,
-        private=args.private or None,
-        backbone=args.backbone,
-        backbone_revision=args.backbone_revision,
-        commit_message=args.commit_message,
-    )
+    report = push_checkpoint(**vars(parser.parse_args(argv)))
     print(report.describe())
     return 1 if report.error else 0
 

@@ -52,21 +52,17 @@ class Uploader:
         """Make a repository, if there is none."""
         return self._retried(self.api.create_repo, repo_id, private=self.private, exist_ok=True)
 
-    def commit(self, repo_id: str, files: Files) -> None:
-        """Add files to the main branch, all or none."""
-        self._commit(repo_id, _additions(files), None)
-
-    def replace(self, repo_id: str, files: Files, branch: str) -> None:
-        """Make these the only files of another branch."""
-        self._retried(self.api.create_branch, repo_id, branch=branch, exist_ok=True)
-        present = self._retried(self.api.list_repo_files, repo_id, revision=branch)
-        stale = set(present) - files.keys() - {".gitattributes"}
-        self._commit(repo_id, [*_additions(files), *map(CommitOperationDelete, sorted(stale))], branch)
-
-    def _commit(self, repo_id: str, operations: list[Any], branch: str | None) -> None:
-        additions = [operation for operation in operations if isinstance(operation, CommitOperationAdd)]
+    def commit(self, repo_id: str, files: Files, branch: str | None = None) -> None:
+        """Add files to the main branch, all or none, or make them the only files of another branch."""
+        additions = [CommitOperationAdd(name, content) for name, content in sorted(files.items())]
+        stale: list[str] = []
+        if branch:
+            self._retried(self.api.create_branch, repo_id, branch=branch, exist_ok=True)
+            present = self._retried(self.api.list_repo_files, repo_id, revision=branch)
+            stale = sorted(set(present) - files.keys() - {".gitattributes"})
         # huggingface_hub repeats the requests of this step itself, but neither those of the commit nor of the others
         self.api.preupload_lfs_files(repo_id, additions, revision=branch, free_memory=False)
+        operations = [*additions, *map(CommitOperationDelete, stale)]
         self._retried(self.api.create_commit, repo_id, operations, commit_message=self.commit_message, revision=branch)
 
     def _retried(self, call: Callable[..., Result], *args: Any, **kwargs: Any) -> Result:
@@ -80,10 +76,6 @@ class Uploader:
                 logger.warning("%s; trying again in %g s", redact(str(error).splitlines()[0]), pause)
                 time.sleep(pause)
         return call(*args, **kwargs)
-
-
-def _additions(files: Files) -> list[CommitOperationAdd]:
-    return [CommitOperationAdd(name, content) for name, content in sorted(files.items())]
 
 
 def may_pass(error: Exception) -> bool:

@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from exporting import export_checkpoint
 from huggingface_hub.dataclasses import strict
 from runs import SHORT_RUN, pretrain, series
 from torch import nn
@@ -15,7 +16,7 @@ from mimae.families.family import FAMILIES, CardWords, Family
 from mimae.families.registry import CONFIG_CLASSES, register
 from mimae.flags.option import RecipeError
 from mimae.flags.recipes import as_argv
-from mimae.hub.export import TOLERANCE, ExportError, export_checkpoint
+from mimae.hub.export import TOLERANCE, ExportError
 from mimae.modeling_mim import (
     EncoderOutput,
     MaskedOutput,

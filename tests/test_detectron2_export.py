@@ -5,13 +5,14 @@ B images, D width, h, w rows and columns of the patch grid, S side of a window, 
 
 import pytest
 import torch
+from exporting import export_checkpoint
 from references import TINY
 from torch.nn import functional as F
 
 from mimae import MIMAEBackbone, MIMAEConfig, MIMAEForPreTraining, MIMAEModel
 from mimae.dense.mask_rcnn import MaskRCNNConfig, MaskRCNNForInstanceSegmentation
 from mimae.hub.detectron2_vitdet import detectron2_state, save_detectron2
-from mimae.hub.export import ExportError, export_checkpoint
+from mimae.hub.export import ExportError
 
 PATCH, HEADS = TINY["patch_size"], TINY["num_attention_heads"]
 WINDOWS = {"window_size": 3, "global_attention_indexes": [1]}

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from exporting import export_checkpoint
 from references import TINY
 from safetensors import safe_open
 from test_checkpoint_loading import write as write_vit_mae
@@ -27,7 +28,7 @@ from mimae import MIMAEConfig, MIMAEForImageClassification, MIMAEForPreTraining,
 from mimae.benchmarks.models.official_mae import OfficialMAE
 from mimae.families.family import FAMILIES
 from mimae.hub import formats, official_mae
-from mimae.hub.export import TOLERANCE, ExportError, export_checkpoint, largest_difference, main
+from mimae.hub.export import TOLERANCE, ExportError, largest_difference, main
 from mimae.hub.official_mae import official_state
 from mimae.hub.timm_vit import timm_architecture, timm_state
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from exporting import export_checkpoint
 from huggingface_hub import ModelCard
 from references import TINY_SWIN
 from safetensors.torch import load_file, save_file
@@ -28,7 +29,7 @@ from mimae import (
 )
 from mimae.families.family import FAMILIES
 from mimae.hub import formats
-from mimae.hub.export import TOLERANCE, ExportError, export_checkpoint, main
+from mimae.hub.export import TOLERANCE, ExportError, main
 from mimae.hub.model_card import write_backbone_card, write_model_card
 
 # 4 x 4 mask units and 2 stages of 2 blocks; the first stage shifts its windows
