@@ -42,8 +42,8 @@ from mimae.flags.option import RecipeError
 from mimae.flags.recipes import flag_value, names_images, parse_arguments
 from mimae.flags.scripts import CLASSIFICATION
 from mimae.jobs.classes import class_names, label_map, numbered
-from mimae.jobs.classification_results import write_classification_results
 from mimae.jobs.downstream import DownstreamRun
+from mimae.jobs.downstream_results import write_classification_results
 from mimae.jobs.features import gather_features
 from mimae.jobs.monitors import probe_indices
 from mimae.jobs.robustness import RobustnessTest, corruption_test, imagenet_tests

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 from ..evaluation.robustness import CORRUPTIONS
 from .data import DataArguments
 from .downstream import DownstreamArguments
-from .option import RecipeError, changed, option
+from .option import RecipeError, changed, of_schedule, option
 from .run import CropArguments
 
 ALL_CORRUPTIONS = "all"
@@ -30,29 +30,19 @@ class ClassificationDataArguments(DataArguments):
         under="data",
     )
     train_subset_file: str | None = option(
-        None,
-        "Train on the images named in this file, a line each.",
-        unset="all",
-        affects_result="images",
-        under="data",
+        None, "Train on the images named in this file, one a line.", unset="all", affects_result="images", under="data"
     )
 
-    imagenet_a_dir: str | None = option(
-        None, "finetune and evaluate: test on ImageNet-A, 200 class folders.", affects_result=False
-    )
-    imagenet_r_dir: str | None = option(
-        None, "finetune and evaluate: test on ImageNet-R, 200 class folders.", affects_result=False
-    )
+    imagenet_a_dir: str | None = option(None, "finetune, evaluate: ImageNet-A, 200 folders.", affects_result=False)
+    imagenet_r_dir: str | None = option(None, "finetune, evaluate: ImageNet-R, 200 folders.", affects_result=False)
     imagenet_sketch_dir: str | None = option(
-        None, "finetune and evaluate: test on ImageNet-Sketch, 1,000 class folders.", affects_result=False
+        None, "finetune, evaluate: ImageNet-Sketch, 1,000 class folders.", affects_result=False
     )
     imagenet_c_dir: str | None = option(
-        None, "finetune and evaluate: test on ImageNet-C, corruption/severity/class folders.", affects_result=False
+        None, "finetune, evaluate: ImageNet-C, corruption/severity/class folders.", affects_result=False
     )
     corruptions: list[str] | None = option(
-        None,
-        "finetune and evaluate: also test on held-out images that are corrupted in these ways; all: 15.",
-        affects_result=False,
+        None, "finetune, evaluate: test on held-out images corrupted in these ways; all: 15.", affects_result=False
     )
 
     def __post_init__(self) -> None:
@@ -76,9 +66,7 @@ class ClassificationArguments(DownstreamArguments, CropArguments):
     task: Literal["finetune", "linear_probe", "knn", "evaluate"] = option(
         "finetune", "What is done with the model.", affects_result=True, under="task"
     )
-    warmup_epochs: float = option(
-        5.0, "Epochs of the linear warm-up from warmup_learning_rate.", at_least=0, affects_result="schedule"
-    )
+    warmup_epochs: float = of_schedule(5.0, "Epochs of the linear warm-up from warmup_learning_rate.", at_least=0)
     per_device_eval_batch_size: int | None = option(
         None,
         "Images per process and forward pass when testing.",
@@ -87,40 +75,22 @@ class ClassificationArguments(DownstreamArguments, CropArguments):
         affects_result=False,
         under="evaluation",
     )
-    min_learning_rate: float = option(
-        1e-6, "The learning rate at the end of the half-cosine.", at_least=0, affects_result="schedule"
-    )
+    min_learning_rate: float = of_schedule(1e-6, "The learning rate at the end of the half-cosine.", at_least=0)
 
-    base_learning_rate: float = option(
-        1e-3, "Fine-tuning: peak of the learning rate, times batch / 256.", above=0, affects_result="schedule"
-    )
+    base_learning_rate: float = of_schedule(1e-3, "Fine-tuning: peak learning rate, times batch / 256.", above=0)
     auto_augment: str = option(
         "rand-m9-mstd0.5-inc1", "Fine-tuning: timm's RandAugment, or none.", affects_result=True, under="augmentation"
     )
     random_erasing: float = option(
-        0.25,
-        "Fine-tuning: probability of erasing a rectangle.",
-        at_least=0,
-        at_most=1,
-        affects_result=True,
-        under="augmentation",
+        0.25, "Fine-tuning: how probable it is.", at_least=0, at_most=1, affects_result=True, under="augmentation"
     )
-    mixup: float = option(
-        0.8, "Fine-tuning: alpha of mixup; 0: off.", at_least=0, affects_result=True, under="augmentation"
-    )
-    cutmix: float = option(
-        1.0, "Fine-tuning: alpha of cutmix; 0: off.", at_least=0, affects_result=True, under="augmentation"
-    )
+    mixup: float = option(0.8, "Fine-tuning: alpha; 0: off.", at_least=0, affects_result=True, under="augmentation")
+    cutmix: float = option(1.0, "Fine-tuning: alpha; 0: off.", at_least=0, affects_result=True, under="augmentation")
     label_smoothing: float = option(
         0.1, "Fine-tuning: part of a target that is spread over all classes.", at_least=0, below=1, affects_result=True
     )
     ema_decay: float | None = option(
-        None,
-        "Fine-tuning: test and keep a moving average of the weights, with this decay.",
-        unset="no average",
-        at_least=0,
-        below=1,
-        affects_result=True,
+        None, "Fine-tuning: test and keep averaged weights, with this decay.", at_least=0, below=1, affects_result=True
     )
 
     probe_learning_rates: list[float] = option(

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ..data.sources.opening import ImageSource, image_splits, open_image_source
-from .option import CheckedArguments, option
+from .option import CheckedArguments, detail, option, place
 
 USUAL_HELD_OUT_SPLITS = ("validation", "test")  # the first that there is
 
@@ -38,56 +38,22 @@ class DataArguments(ReadingArguments):
         TypeError, RecipeError: a field has the wrong type or value, or two name different data; names the field.
     """
 
-    dataset_name: str | None = option(
-        None,
+    dataset_name: str | None = place(
         "digits (embedded), or a name or local path for 🤗 Datasets, such as ILSVRC/imagenet-1k.",
         unset="digits, where no other flag names images",
-        names_data="place",
-        affects_result="images",
     )
-    dataset_config_name: str | None = option(
-        None, "The configuration of --dataset_name.", names_data="detail", affects_result="images"
+    dataset_config_name: str | None = detail(None, "The configuration of --dataset_name.")
+    train_dir: str | None = place("A folder of images, in class folders if labelled, or of IDX files.")
+    validation_dir: str | None = detail(None, "Such a folder to validate on.", affects_result=False)
+    data_files: list[str] | None = place("Parquet or WebDataset (.tar) files: paths, globs or URLs.")
+    validation_files: list[str] | None = detail(None, "Such files to validate on.", affects_result=False)
+    train_split: str = detail("train", "The split to train on.")
+    validation_split: str | None = detail(
+        None, "The split to validate on.", unset="validation or test, if there is one", affects_result=False
     )
-    train_dir: str | None = option(
-        None,
-        "A folder of images, in class folders if labelled, or of IDX files.",
-        names_data="place",
-        affects_result="images",
-    )
-    validation_dir: str | None = option(
-        None, "Such a folder to validate on.", names_data="detail", affects_result=False
-    )
-    validation_files: list[str] | None = option(
-        None, "Parquet or WebDataset files to validate on.", names_data="detail", affects_result=False
-    )
-    data_files: list[str] | None = option(
-        None, "Parquet or WebDataset (.tar) files: paths, globs or URLs.", names_data="place", affects_result="images"
-    )
-    train_split: str = option("train", "The split to train on.", names_data="detail", affects_result="images")
-    validation_split: str | None = option(
-        None,
-        "The split to validate on.",
-        unset="validation or test, if there is one",
-        names_data="detail",
-        affects_result=False,
-    )
-    streaming: bool = option(
-        False, "Read parquet or tar files where they lie, without converting them first.", affects_result="images"
-    )
-    image_column_name: str | None = option(
-        None,
-        "The column of the images.",
-        unset="the first of type Image, else image",
-        names_data="detail",
-        affects_result="images",
-    )
-    label_column_name: str | None = option(
-        None,
-        "The column of the labels.",
-        unset="the first of type ClassLabel, else label",
-        names_data="detail",
-        affects_result="images",
-    )
+    streaming: bool = option(False, "Read parquet or tar files where they lie, unconverted.", affects_result="images")
+    image_column_name: str | None = detail(None, "Column of the images.", unset="the first Image, else image")
+    label_column_name: str | None = detail(None, "Column of the labels.", unset="the first ClassLabel, else label")
     cache_dir: str | None = option(
         None, "Where data sets are kept.", unset="the cache of 🤗 Datasets", affects_result=False
     )

@@ -5,66 +5,31 @@ from typing import ClassVar
 
 from .data import ReadingArguments
 from .downstream import DownstreamArguments
-from .option import RecipeError, changed, option
+from .option import RecipeError, changed, detail, of_schedule, option, place
 
 
 @dataclass
 class SegmentationDataArguments(ReadingArguments):
     """Images with a mask of classes; `data.sources.segmentation.open_segmentation_source` says how they are found."""
 
-    train_dir: str | None = option(
-        None,
-        "A folder of images/SPLIT and, with the same names, masks/SPLIT or annotations/SPLIT, as ADE20K's.",
-        names_data="place",
-        affects_result="images",
+    train_dir: str | None = place(
+        "A folder of images/SPLIT and, with the same names, masks/SPLIT or annotations/SPLIT, as ADE20K's."
     )
-    dataset_name: str | None = option(
-        None, "A name or local path for 🤗 Datasets.", names_data="place", affects_result="images"
+    dataset_name: str | None = place("A name or local path for 🤗 Datasets.")
+    dataset_config_name: str | None = detail(None, "The configuration of --dataset_name.")
+    data_files: list[str] | None = place("Parquet files: paths, globs or URLs.")
+    validation_files: list[str] | None = detail(None, "Parquet files to validate on.", affects_result=False)
+    train_split: str = detail("train", "The split to train on.")
+    validation_split: str = detail("validation", "The split to validate on.", affects_result=False)
+    image_column_name: str | None = detail(None, "Column of the images.", unset="the first Image but the masks'")
+    annotation_column_name: str | None = detail(
+        None, "Column of the masks.", unset="the Image called annotation, label, mask or segmentation"
     )
-    dataset_config_name: str | None = option(
-        None, "The configuration of --dataset_name.", names_data="detail", affects_result="images"
+    class_names_file: str | None = detail(None, "Names of the classes, one a line.")
+    num_classes: int | None = detail(
+        None, "Number of classes, where nothing names them.", unset="by the largest value of all masks", at_least=2
     )
-    data_files: list[str] | None = option(
-        None, "Parquet files: paths, globs or URLs.", names_data="place", affects_result="images"
-    )
-    validation_files: list[str] | None = option(
-        None, "Parquet files to validate on, with --data_files.", names_data="detail", affects_result=False
-    )
-    train_split: str = option("train", "The split to train on.", names_data="detail", affects_result="images")
-    validation_split: str = option(
-        "validation", "The split to validate on.", names_data="detail", affects_result=False
-    )
-    image_column_name: str | None = option(
-        None,
-        "The column of the images.",
-        unset="the first of type Image that is no annotation",
-        names_data="detail",
-        affects_result="images",
-    )
-    annotation_column_name: str | None = option(
-        None,
-        "The column of the masks.",
-        unset="the one of type Image that is called annotation, label, mask or segmentation",
-        names_data="detail",
-        affects_result="images",
-    )
-    class_names_file: str | None = option(
-        None, "Names of the classes, one a line.", names_data="detail", affects_result="images"
-    )
-    num_classes: int | None = option(
-        None,
-        "Number of classes, where nothing names them.",
-        unset="by the largest value of all masks",
-        at_least=2,
-        names_data="detail",
-        affects_result="images",
-    )
-    reduce_zero_label: bool = option(
-        False,
-        "Value 0 of a mask is no class and is ignored, and 1 is class 0, as in ADE20K.",
-        names_data="detail",
-        affects_result="images",
-    )
+    reduce_zero_label: bool = detail(False, "Value 0 of a mask is no class, and 1 is class 0, as in ADE20K.")
     cache_dir: str | None = option(
         None, "Where data sets are kept.", unset="the cache of 🤗 Datasets", affects_result=False
     )
@@ -80,21 +45,11 @@ class SegmentationDataArguments(ReadingArguments):
 class DetectionDataArguments(ReadingArguments):
     """Images with COCO's annotations; see `data.sources.coco.CocoSource`."""
 
-    train_annotation_file: str | None = option(
-        None, "JSON in the format of COCO's instances_train2017.json.", names_data="place", affects_result="images"
-    )
-    train_image_dir: str | None = option(
-        None, "The folder that the file names in it start from.", names_data="detail", affects_result="images"
-    )
-    validation_annotation_file: str | None = option(
-        None, "As --train_annotation_file, to validate on.", names_data="place", affects_result=False
-    )
-    validation_image_dir: str | None = option(
-        None, "As --train_image_dir, to validate on.", names_data="detail", affects_result=False
-    )
-    keep_empty_images: bool = option(
-        False, "Train also on images without any object.", names_data="detail", affects_result="images"
-    )
+    train_annotation_file: str | None = place("JSON in the format of COCO's instances_train2017.json.")
+    train_image_dir: str | None = detail(None, "The folder that the file names in it start from.")
+    validation_annotation_file: str | None = place("As --train_annotation_file, to validate on.", affects_result=False)
+    validation_image_dir: str | None = detail(None, "As --train_image_dir, to validate on.", affects_result=False)
+    keep_empty_images: bool = detail(False, "Train also on images without any object.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -108,21 +63,12 @@ class DetectionDataArguments(ReadingArguments):
 class DenseArguments(DownstreamArguments):
     """Optimisation in steps, at a learning rate that does not follow from the batch, and random sizes of images."""
 
-    learning_rate: float = option(
-        1e-4, "Peak of the learning rate, whatever the batch is.", above=0, affects_result="schedule"
-    )
-    warmup_steps: int = option(
-        1500, "Optimiser steps of the linear warm-up from warmup_learning_rate.", at_least=0, affects_result="schedule"
-    )
+    learning_rate: float = of_schedule(1e-4, "Peak of the learning rate, whatever the batch is.", above=0)
+    warmup_steps: int = of_schedule(1500, "Steps of the linear warm-up from warmup_learning_rate.", at_least=0)
     min_scale: float = option(
-        0.5,
-        "Training images are resized by a random factor, on top of short_side or image_size: the smallest.",
-        affects_result=True,
-        under="augmentation",
+        0.5, "Training: smallest random factor on short_side or image_size.", affects_result=True, under="augmentation"
     )
-    max_scale: float = option(
-        2.0, "Training images are resized by a random factor: the largest.", affects_result=True, under="augmentation"
-    )
+    max_scale: float = option(2.0, "Training: the largest.", affects_result=True, under="augmentation")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -139,27 +85,16 @@ class SegmentationArguments(DenseArguments):
     HEADING: ClassVar = "augmentation"
 
     layer_decay: float = changed(DownstreamArguments, "layer_decay", default=0.65)
-    poly_power: float = option(
-        1.0,
-        "After the warm-up the learning rate falls to 0 by this power of what is left.",
-        above=0,
-        affects_result="schedule",
-        under="optimisation",
+    poly_power: float = of_schedule(
+        1.0, "After the warm-up the rate falls to 0 by this power of what is left.", above=0, under="optimisation"
     )
 
     crop_size: int = option(
-        512,
-        "Side in pixels of a training crop, and of the window that slides over a test image.",
-        at_least=1,
-        affects_result=True,
+        512, "Side in pixels of training crops and windows sliding over test images.", at_least=1, affects_result=True
     )
-    short_side: int | None = option(
-        None, "Images are resized to this short side.", unset="crop_size", at_least=1, affects_result=True
-    )
+    short_side: int | None = option(None, "Short side of images.", unset="crop_size", at_least=1, affects_result=True)
     long_side_limit: int = option(2048, "No image is resized to a longer long side.", at_least=1, affects_result=True)
-    photometric_distortion: bool = option(
-        True, "Training: random brightness, contrast, saturation and hue.", affects_result=True
-    )
+    photometric_distortion: bool = option(True, "Random brightness, contrast, saturation, hue.", affects_result=True)
     stride: int | None = option(
         None,
         "By how many pixels the window slides; what several windows see is averaged.",
@@ -170,9 +105,7 @@ class SegmentationArguments(DenseArguments):
     )
 
     upernet_channels: int = option(768, "Width of UperNet's head.", at_least=1, affects_result=True, under="model")
-    auxiliary_channels: int = option(
-        256, "Width of the auxiliary head.", at_least=1, affects_result=True, under="model"
-    )
+    auxiliary_channels: int = option(256, "Auxiliary head's width.", at_least=1, affects_result=True, under="model")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -202,28 +135,17 @@ class DetectionArguments(DenseArguments):
     layer_decay: float = changed(DownstreamArguments, "layer_decay", default=0.7)
     weight_decay: float = changed(DownstreamArguments, "weight_decay", default=0.1)
     warmup_steps: int = changed(DenseArguments, "warmup_steps", default=250)
-    lr_milestones: list[int] | None = option(
-        None,
-        "Steps from which on the learning rate is multiplied by lr_gamma.",
-        affects_result="schedule",
-        under="optimisation",
+    lr_milestones: list[int] | None = of_schedule(
+        None, "Steps from which on the learning rate is multiplied by lr_gamma.", under="optimisation"
     )
-    lr_gamma: float = option(
-        0.1, "The factor at lr_milestones.", above=0, affects_result="schedule", under="optimisation"
-    )
+    lr_gamma: float = of_schedule(0.1, "The factor at lr_milestones.", above=0, under="optimisation")
 
     min_scale: float = changed(DenseArguments, "min_scale", default=0.1)
     pyramid_channels: int = option(256, "Width of the feature pyramid.", at_least=1, affects_result=True)
-    head_channels: int = option(
-        256, "Width of the four convolutions of the box head, and of the mask head.", at_least=1, affects_result=True
-    )
+    head_channels: int = option(256, "Width of both heads' four convolutions.", at_least=1, affects_result=True)
     box_features: int = option(1024, "Width of the box head's last layer.", at_least=1, affects_result=True)
     rpn_batch_size_per_image: int = option(
-        256,
-        "Anchors of an image that the losses of the proposal network see.",
-        at_least=1,
-        affects_result=True,
-        under="optimisation",
+        256, "Anchors of an image in the losses of proposals.", at_least=1, affects_result=True, under="optimisation"
     )
     rpn_post_nms_top_n: int = option(
         1000,

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from .option import changed, option
+from .option import changed, of_schedule, option
 from .run import RunArguments
 
 
@@ -11,12 +11,9 @@ class DownstreamArguments(RunArguments):
     """What training has in common for classes, masks and boxes."""
 
     untrained: bool = option(
-        False,
-        "Take only the architecture of --model_name_or_path, with random weights: the control.",
-        affects_result=True,
-        under="model",
+        False, "Take only the architecture of --model_name_or_path: the control.", affects_result=True, under="model"
     )
-    num_train_epochs: float = option(100.0, "Passes over the training images.", above=0, affects_result="schedule")
+    num_train_epochs: float = of_schedule(100.0, "Passes over the training images.", above=0)
     evaluation_epochs: float = changed(RunArguments, "evaluation_epochs", default=1.0)
     per_device_train_batch_size: int = changed(RunArguments, "per_device_train_batch_size", affects_result=True)
     layer_decay: float = option(

@@ -19,6 +19,6 @@ class HubArguments(CheckedArguments):
         affects_result=False,
     )
     hub_model_id: str | None = option(
-        None, "The repository.", unset="output_dir's name, in your own namespace", affects_result=False
+        None, "The repository.", unset="output_dir's name, in your namespace", affects_result=False
     )
     hub_private_repo: bool = option(False, "Make the repository private, if it is new.", affects_result=False)

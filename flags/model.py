@@ -13,10 +13,7 @@ class ModelArguments(CheckedArguments):
     HEADING: ClassVar = "model"
 
     model_type: str | None = option(
-        None,
-        "mimae (on a ViT) or misimmim (on a Swin).",
-        unset="mimae; downstream, that of the checkpoint",
-        affects_result="model",
+        None, "mimae (on a ViT) or misimmim (on a Swin).", unset="mimae, or the checkpoint's", affects_result="model"
     )
     preset: str | None = option(
         None,

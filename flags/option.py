@@ -2,6 +2,7 @@
 
 import operator
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
+from functools import partial
 from inspect import get_annotations
 from typing import Any, ClassVar, Literal, get_args, get_type_hints
 
@@ -82,6 +83,12 @@ def option(default: Any, help: str, *, affects_result: bool | str, **facts: Any)
     if isinstance(default, list):
         return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
+
+
+# flags that the learning rate and the length of a run follow from; that say where images are; that say more about them
+of_schedule = partial(option, affects_result="schedule")
+place = partial(option, None, names_data="place", affects_result="images")
+detail = partial(option, names_data="detail", affects_result="images")
 
 
 def changed(group: Any, name: str, **changes: Any) -> Any:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from .option import RecipeError, option
+from .option import RecipeError, of_schedule, option
 from .run import CropArguments
 
 
@@ -13,32 +13,18 @@ class PretrainingArguments(CropArguments):
 
     HEADING: ClassVar = "optimisation"
 
-    num_train_epochs: float = option(200.0, "Passes over the images.", above=0, affects_result="schedule")
-    base_learning_rate: float = option(
-        1.5e-4, "Peak of the learning rate, times batch / lr_base_batch.", above=0, affects_result="schedule"
+    num_train_epochs: float = of_schedule(200.0, "Passes over the images.", above=0)
+    base_learning_rate: float = of_schedule(1.5e-4, "Peak of the learning rate, times batch / lr_base_batch.", above=0)
+    lr_batch_unit: Literal["views", "images"] = of_schedule("views", "What base_learning_rate's rule counts.")
+    lr_base_batch: int = of_schedule(256, "The batch of base_learning_rate: 256 for MAE, 512 for SimMIM.", at_least=1)
+    lr_scheduler_type: Literal["cosine", "multistep"] = of_schedule(
+        "cosine", "After the warm-up: a half-cosine, or steps down at lr_milestone_epochs."
     )
-    lr_batch_unit: Literal["views", "images"] = option(
-        "views", "What the batch counts in base_learning_rate's rule.", affects_result="schedule"
-    )
-    lr_base_batch: int = option(
-        256, "The batch of base_learning_rate: 256 for MAE, 512 for SimMIM.", at_least=1, affects_result="schedule"
-    )
-    lr_scheduler_type: Literal["cosine", "multistep"] = option(
-        "cosine", "After the warm-up: a half-cosine, or steps down at lr_milestone_epochs.", affects_result="schedule"
-    )
-    min_learning_rate: float = option(
-        0.0, "cosine: the learning rate at the end.", at_least=0, affects_result="schedule"
-    )
-    lr_milestone_epochs: list[float] | None = option(
-        None, "multistep: where the learning rate is multiplied by lr_gamma.", above=0, affects_result="schedule"
-    )
-    lr_gamma: float = option(0.1, "multistep: the factor.", above=0, affects_result="schedule")
-    warmup_epochs: float = option(
-        10.0, "Epochs of the linear warm-up from warmup_learning_rate.", at_least=0, affects_result="schedule"
-    )
-    warmup_steps: int | None = option(
-        None, "Optimiser steps of the warm-up; wins over warmup_epochs.", at_least=0, affects_result="schedule"
-    )
+    min_learning_rate: float = of_schedule(0.0, "cosine: the learning rate at the end.", at_least=0)
+    lr_milestone_epochs: list[float] | None = of_schedule(None, "multistep: where lr_gamma is applied.", above=0)
+    lr_gamma: float = of_schedule(0.1, "multistep: the factor of the learning rate.", above=0)
+    warmup_epochs: float = of_schedule(10.0, "Epochs of the linear warm-up from warmup_learning_rate.", at_least=0)
+    warmup_steps: int | None = of_schedule(None, "Steps of the warm-up; wins over warmup_epochs.", at_least=0)
     adam_beta1: float = option(0.9, "β1 of AdamW.", affects_result=True)
     adam_beta2: float = option(0.95, "β2 of AdamW.", affects_result=True)
     max_nonfinite_steps: int = option(

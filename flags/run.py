@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from .option import CheckedArguments, option
+from .option import CheckedArguments, of_schedule, option
 
 
 @dataclass
@@ -13,10 +13,7 @@ class RunFolderArguments(CheckedArguments):
     HEADING: ClassVar = "run folder"
 
     output_dir: str | None = option(
-        None,
-        "Where everything goes.",
-        unset="a folder in outputs/ with the recipe's name, and a number if that is taken",
-        affects_result=False,
+        None, "Where everything goes.", unset="outputs/ + the recipe's name, numbered if taken", affects_result=False
     )
     overwrite_output_dir: bool = option(False, "Delete the run that output_dir holds.", affects_result=False)
     resume_from_checkpoint: str | None = option(
@@ -30,9 +27,7 @@ class RunFolderArguments(CheckedArguments):
         3, "Keep so many of the newest checkpoints; None keeps all.", at_least=2, affects_result=False
     )
     logging_steps: int = option(10, "Log every so many steps.", at_least=1, affects_result=False)
-    report_to: str = option(
-        "tensorboard", "Trackers of Accelerate, several with commas, or none.", affects_result=False
-    )
+    report_to: str = option("tensorboard", "Trackers of Accelerate, with commas, or none.", affects_result=False)
 
 
 @dataclass
@@ -61,28 +56,18 @@ class RunArguments(MachineArguments, RunFolderArguments):
 
     HEADING: ClassVar = "optimisation"
 
-    seed: int = option(
-        0, "Fixes the initial weights, the order of samples and all that is drawn at random.", affects_result=True
-    )
+    seed: int = option(0, "Fixes the initial weights, the order of samples and all random draws.", affects_result=True)
     per_device_train_batch_size: int = option(
         64, "Images per process and forward pass.", at_least=1, affects_result="images_per_forward"
     )
     gradient_accumulation_steps: int = option(1, "Forward passes per optimiser step.", at_least=1, affects_result=True)
-    max_train_steps: int | None = option(
-        None, "Optimiser steps; wins over num_train_epochs.", at_least=1, affects_result="schedule"
-    )
-    warmup_learning_rate: float = option(
-        0.0, "Learning rate at the start of the warm-up.", at_least=0, affects_result="schedule"
-    )
+    max_train_steps: int | None = of_schedule(None, "Optimiser steps; wins over num_train_epochs.", at_least=1)
+    warmup_learning_rate: float = of_schedule(0.0, "Learning rate at the start of the warm-up.", at_least=0)
     weight_decay: float = option(
         0.05, "AdamW: weight decay, of all parameters but biases and vectors.", at_least=0, affects_result=True
     )
     max_grad_norm: float | None = option(
-        None,
-        "Clip gradients at this norm; in pre-training those of the approximator apart.",
-        unset="no clipping",
-        above=0,
-        affects_result=True,
+        None, "Clip gradients at this norm; the approximator's apart.", unset="no limit", above=0, affects_result=True
     )
     image_mean: list[float] | None = option(
         None,
@@ -92,18 +77,10 @@ class RunArguments(MachineArguments, RunFolderArguments):
         under="data",
     )
     image_std: list[float] | None = option(
-        None,
-        "Standard deviation of the pixels per channel, in 0..1.",
-        unset="that of the checkpoint, else ImageNet's for 3 channels, else 0.5",
-        affects_result="image_std",
-        under="data",
+        None, "Standard deviation per channel.", unset="as image_mean's", affects_result="image_std", under="data"
     )
     evaluation_steps: int | None = option(
-        None,
-        "Evaluate every so many steps; wins over evaluation_epochs.",
-        at_least=1,
-        affects_result=False,
-        under="evaluation",
+        None, "Every so many steps; wins over evaluation_epochs.", at_least=1, affects_result=False, under="evaluation"
     )
     evaluation_epochs: float = option(
         10.0, "Evaluate every so many epochs.", above=0, affects_result=False, under="evaluation"

@@ -23,8 +23,8 @@ from ..flags.recipes import parse_arguments
 from ..training.hf_trainer.dense import DenseTrainer
 from ..training.optimization import WarmupSchedule, build_finetuning_adamw
 from ..training.processes import on_main_process
-from .dense_results import write_dense_results
 from .downstream import DownstreamRun
+from .downstream_results import write_dense_results
 from .start import start_processes
 
 PICTURED_IMAGES = 8

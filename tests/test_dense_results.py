@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 from mimae.hub.model_card import write_dense_card
-from mimae.jobs.dense_results import write_dense_results
+from mimae.jobs.downstream_results import write_dense_results
 from mimae.pictures.curves import DETECTION_PANELS, SEGMENTATION_PANELS, save_curves
 
 FACTS = {
