@@ -38,7 +38,7 @@ from mimae.flags.option import compared_values
 from mimae.flags.pretraining import PretrainingArguments
 from mimae.flags.recipes import flag_value, parse_arguments
 from mimae.flags.scripts import PRETRAINING
-from mimae.jobs.monitors import Evaluation, Probe, ReconstructionMonitor, probe_indices, split_indices
+from mimae.jobs.monitors import Evaluation, Probe, ReconstructionMonitor, probe_indices
 from mimae.jobs.publishing import claim_repository, publish
 from mimae.jobs.results import device_name, write_results
 from mimae.jobs.run_folder import clear_output_dir, run_name
@@ -104,7 +104,7 @@ def main(argv: Sequence[str] | None = None, observer: TrainingObserver | None = 
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
 
-    repo_id = claim_repository(hub_args.push_to_hub, hub_args.hub_model_id, hub_args.hub_private_repo, output_dir)
+    repo_id = claim_repository(hub_args, output_dir)
     if args.torch_compile:
         model.compile()
     checkpoints = CheckpointStore(output_dir, args.checkpoints_total_limit)
@@ -283,7 +283,7 @@ def build_evaluation(
     else:
         indices = probe_indices(source, args.probe_samples), probe_indices(held_out, args.probe_samples)
         if held_out is source:
-            indices = split_indices(indices[0])
+            indices = indices[0][::2], indices[0][1::2]
             logger.info(
                 "no validation split: the probe is fitted on one half of its training images, tested on the other"
             )

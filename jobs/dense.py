@@ -32,10 +32,9 @@ PICTURE = "predictions.png"
 
 
 class DenseRun(DownstreamRun):
-    """One run of a dense task. While it evaluates, the main process keeps what was predicted of the first images.
+    """One run of a dense task, by what `DownstreamRun` takes.
 
-    Args:
-        groups: what `DownstreamRun` takes.
+    While it evaluates, the main process keeps what was predicted of the first images.
 
     Raises:
         RecipeError: a field of the model that the task itself sets.
@@ -57,12 +56,7 @@ class DenseRun(DownstreamRun):
 
     @classmethod
     def execute_flags(cls, argv: Sequence[str] | None, *, default_recipe: Path, description: str) -> int:
-        """Does what the command line says, and returns the script's exit code.
-
-        Args:
-            argv: flags; None = the process's.
-            default_recipe: without --config.
-            description: of the script, for --help.
+        """Does what the flags say, None being the command line's, and returns the script's exit code.
 
         Raises:
             ValueError and its kin, before training starts: a flag, recipe, checkpoint or data set that cannot be used;
@@ -71,9 +65,8 @@ class DenseRun(DownstreamRun):
         groups, model_fields, recipe = parse_arguments(
             argv, cls.GROUPS, CONFIG_CLASSES, default_recipe=default_recipe, description=description
         )
-        args = groups[2]
-        output_dir = start_processes(args, recipe)
-        set_seed(args.seed)
+        output_dir = start_processes(groups[2], recipe)
+        set_seed(groups[2].seed)
         run = cls(*groups, model_fields, output_dir)
         return run.execute(run.finetune, write_dense_results)
 
@@ -135,8 +128,9 @@ class DenseRun(DownstreamRun):
             layer_decay=args.layer_decay,
             betas=(args.adam_beta1, args.adam_beta2),
         )
-        schedule = self.schedule(self.total_steps(self.steps_per_epoch(loader)))
-        options = self.trainer_options(loader, optimizer, schedule)
+        options = self.trainer_options(
+            loader, optimizer, self.schedule(self.total_steps(self.steps_per_epoch(loader)))
+        )
         trainer = DenseTrainer(model, evaluate_model=self.evaluate, **options)
         self.train(trainer)
         metrics = trainer.final_metrics()

@@ -49,8 +49,7 @@ class DownstreamRun(ABC):
         ValueError and its kin: a checkpoint that cannot be used, or that lies in `output_dir`.
     """
 
-    # whether the model is built on a backbone
-    IS_DENSE: ClassVar[bool] = False
+    IS_DENSE: ClassVar[bool] = False  # whether the model is built on a backbone
 
     def __init__(
         self,
@@ -79,11 +78,8 @@ class DownstreamRun(ABC):
         config = self.start.config()
         if remark := self.family.remark(config):
             logger.info(remark)
-        self.image_size, self.num_channels, self.patch_size = (
-            config.image_size_2d,
-            config.num_channels,
-            config.patch_size,
-        )
+        self.image_size, self.patch_size = config.image_size_2d, config.patch_size
+        self.num_channels = config.num_channels
         known = self.start.checkpoint.channel_statistics() if self.start.checkpoint else (None, None)
         self.mean, self.std = channel_statistics(
             self.num_channels, args.image_mean or known[0], args.image_std or known[1]
@@ -106,9 +102,7 @@ class DownstreamRun(ABC):
     def execute(self, task: Callable[[], Mapping[str, Any]], write_results: Callable[..., str]) -> int:
         """Does a task, writes its results, uploads them if the flags say so, and returns the script's exit code.
 
-        Args:
-            task: gives what `write_results` takes beside `output_dir` and `facts`.
-            write_results: gives the results in words; called on the main process.
+        `task` gives what `write_results` takes beside `output_dir` and `facts`.
         """
         try:
             results = task()
@@ -186,12 +180,8 @@ class DownstreamRun(ABC):
         """What every `DownstreamTrainer` that trains takes; `schedule` is of the optimiser's fastest group."""
         steps_per_epoch = self.steps_per_epoch(loader)
         logger.info(
-            "%d steps, %d an epoch, on %d images; peak learning rate %.3g after %d steps",
-            schedule.total_steps,
-            steps_per_epoch,
-            len(self.training_images),
-            schedule.peak,
-            schedule.warmup_steps,
+            f"{schedule.total_steps} steps, {steps_per_epoch} an epoch, on {len(self.training_images)} images; "
+            f"peak learning rate {schedule.peak:.3g} after {schedule.warmup_steps} steps"
         )
         return {
             "args": self.training_arguments(schedule.total_steps, steps_per_epoch),
@@ -220,7 +210,7 @@ class DownstreamRun(ABC):
         self, total_steps: int, steps_per_epoch: int, eval_strategy: str = "steps"
     ) -> TrainingArguments:
         """Our flags as transformers' arguments."""
-        args = self.args
+        args, number_type = self.args, precision(self.args.mixed_precision)
         return TrainingArguments(
             output_dir=str(self.output_dir),
             max_steps=total_steps,
@@ -238,8 +228,8 @@ class DownstreamRun(ABC):
             disable_tqdm=True,
             seed=args.seed,
             use_cpu=args.use_cpu,
-            bf16=precision(args.mixed_precision) == "bf16",
-            fp16=precision(args.mixed_precision) == "fp16",
+            bf16=number_type == "bf16",
+            fp16=number_type == "fp16",
             torch_compile=args.torch_compile,
             ddp_find_unused_parameters=False,
             remove_unused_columns=False,
@@ -253,11 +243,9 @@ class DownstreamRun(ABC):
             FloatingPointError: the loss is not finite; no model is saved.
             RunStopped: a signal asked for it; a checkpoint is saved.
         """
-        checkpoint, step = None, 0
-        if self.args.resume_from_checkpoint is not None:
-            checkpoint, step = checkpoint_to_resume(
-                self.output_dir, self.args.resume_from_checkpoint, trainer.settings
-            )
+        checkpoint, step, resume = None, 0, self.args.resume_from_checkpoint
+        if resume is not None:
+            checkpoint, step = checkpoint_to_resume(self.output_dir, resume, trainer.settings)
         self.begin()
         if checkpoint is None or step < trainer.args.max_steps:
             # dropped paths differ between processes; a checkpoint holds the random state of each
@@ -269,7 +257,6 @@ class DownstreamRun(ABC):
 
     def begin(self) -> None:
         """Claims folder and repository, once everything that the run needs has been checked."""
-        hub = self.hub_args
-        self.repo_id = claim_repository(hub.push_to_hub, hub.hub_model_id, hub.hub_private_repo, self.output_dir)
+        self.repo_id = claim_repository(self.hub_args, self.output_dir)
         if self.args.overwrite_output_dir and self.args.resume_from_checkpoint is None:
             on_main_process(lambda: clear_output_dir(self.output_dir))

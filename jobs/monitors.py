@@ -22,12 +22,11 @@ from .features import gather_features
 
 logger = logging.getLogger(__name__)
 
-# so many blocks of a sharded source are read for a probe: a row costs as much as its block
-PROBE_BLOCKS = 64
+PROBE_BLOCKS = 64  # of a sharded source, read for a probe: a row costs as much as its block
 
 
 class ReconstructionMonitor:
-    """Draws the model's reconstructions of a few images.
+    """Draws reconstructions of a few images.
 
     Args:
         pixel_values: (B, C, H, W), uint8.
@@ -132,8 +131,3 @@ def probe_indices(source: ImageSource, limit: int) -> np.ndarray:
         blocks = random.permutation(len(ends))[:PROBE_BLOCKS]
         indices = np.concatenate([np.arange(ends[b] - source.block_sizes[b], ends[b]) for b in blocks])
     return np.sort(random.permutation(indices)[:limit])
-
-
-def split_indices(indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Two halves to fit and to test on, for a set without a validation split."""
-    return indices[::2], indices[1::2]

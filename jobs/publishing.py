@@ -1,26 +1,22 @@
 """Pushing a run's folder to the Hub: access is checked before the run, the upload follows it."""
 
-import logging
 from pathlib import Path
 
+from ..flags.hub import HubArguments
 from ..hub.push import check_access, push_checkpoint
 from ..training.processes import on_main_process
 
-logger = logging.getLogger(__name__)
 
-
-def claim_repository(push_to_hub: bool, hub_model_id: str | None, private: bool, output_dir: Path) -> str | None:
+def claim_repository(flags: HubArguments, output_dir: Path) -> str | None:
     """The repository that a run will be pushed to, made now if it is new; None where nothing is to be pushed.
-
-    Args:
-        hub_model_id: None = the name of `output_dir`, in the user's own namespace.
 
     Raises:
         PermissionError, ValueError: see `check_access`; better now than after days of training.
     """
-    if not push_to_hub:
+    if not flags.push_to_hub:
         return None
-    return on_main_process(lambda: check_access(hub_model_id or output_dir.resolve().name, private=private or None))
+    name, private = flags.hub_model_id or output_dir.resolve().name, flags.hub_private_repo or None
+    return on_main_process(lambda: check_access(name, private=private))
 
 
 def publish(output_dir: Path, repo_id: str | None, private: bool) -> int:

@@ -74,7 +74,8 @@ def write_results(
     """
     lines = read_jsonl(output_dir / METRICS_FILE)
     probes = {line["step"]: {name: line[name] for name in PROBES} for line in lines if PROBES[0] in line}
-    final = {name: value for name in loss_terms if (value := _last(lines, name)) is not None}
+    newest = {name: value for line in lines for name, value in line.items() if value is not None}
+    final = {name: newest[name] for name in loss_terms if name in newest}
     after = probes[max(probes)] if probes else None
     results = {**facts, "metrics": {**final, **(after or {})}, "probe_before": probes.get(0)}
     hardware = {"device": facts["hardware"]["device"], "world_size": facts["hardware"]["processes"]}
@@ -116,8 +117,8 @@ def describe(summary: dict[str, Any], output_dir: Path) -> str:
 
 def framed(rows: Sequence[str]) -> str:
     """Lines for the terminal, set off from the log above them."""
-    width = max(map(len, rows))
-    return "\n".join(["", "=" * width, *rows, "=" * width])
+    frame = "=" * max(map(len, rows))
+    return "\n".join(["", frame, *rows, frame])
 
 
 def describe_gate(summary: dict[str, Any]) -> str:
@@ -133,7 +134,3 @@ def describe_gate(summary: dict[str, Any]) -> str:
             "Train longer, or raise mi_gate_threshold"
         )
     return f"opened at step {step}, when L_rec first fell below {threshold}"
-
-
-def _last(lines: list[dict[str, Any]], name: str) -> float | None:
-    return next((line[name] for line in reversed(lines) if line.get(name) is not None), None)

@@ -4,6 +4,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import product
 from typing import Any
 
 from torch import nn
@@ -24,8 +25,7 @@ from ..training.hf_trainer.classification import ClassificationTrainer
 
 logger = logging.getLogger(__name__)
 
-# of a trainer's model
-RobustnessTest = Callable[[ClassificationTrainer], dict[str, Any]]
+RobustnessTest = Callable[[ClassificationTrainer], dict[str, Any]]  # of a trainer's model
 # images, names of the classes that their labels are places in, and what replaces the usual crop → batches
 LoaderOf = Callable[[ImageSource, Sequence[str], nn.Module | None], DataLoader[Any]]
 
@@ -49,25 +49,23 @@ def imagenet_tests(
     Raises:
         ValueError: what is wrong with a folder, or classes that the model does not have.
     """
+
+    def opened(key: str, folder: str | os.PathLike[str]) -> ImageSource:
+        return open_image_source(train_dir=folder, flag=f"--{key}_dir")
+
     tests: dict[str, RobustnessTest] = {}
     for key, wnids in (("imagenet_a", imagenet_wnids("a")), ("imagenet_r", imagenet_wnids("r"))):
         if folder := folders[key]:
-            loader = loader_of(_open_set(key, folder), wnids, None)
+            loader = loader_of(opened(key, folder), wnids, None)
             tests[key] = partial(_restricted_metrics, class_positions(wnids, names), loader, tester_of)
     if folder := folders["imagenet_sketch"]:
-        tests["imagenet_sketch"] = partial(_metrics, loader_of(_open_set("imagenet_sketch", folder), names, None))
+        tests["imagenet_sketch"] = partial(_metrics, loader_of(opened("imagenet_sketch", folder), names, None))
     if folder := folders["imagenet_c"]:
         cropped = evaluation_transform(image_size, crop_ratio=1)  # as the published images are
-        loaders = {
-            key: loader_of(_open_set("imagenet_c", images), names, cropped)
-            for key, images in corruption_folders(folder).items()
-        }
+        images = corruption_folders(folder).items()
+        loaders = {key: loader_of(opened("imagenet_c", each), names, cropped) for key, each in images}
         tests["imagenet_c"] = partial(_corruption_errors, loaders, relative_to_alexnet=True)
     return tests
-
-
-def _open_set(key: str, folder: str | os.PathLike[str]) -> ImageSource:
-    return open_image_source(train_dir=folder, flag=f"--{key}_dir")
 
 
 def corruption_test(
@@ -84,19 +82,15 @@ def corruption_test(
     Raises:
         ImportError, ValueError: see `CorruptedTransform`.
     """
-    loaders = {
-        (corruption, severity): loader_of(
-            source, names, CorruptedTransform(image_size, corruption, severity, crop_ratio=crop_ratio)
-        )
-        for corruption in corruptions
-        for severity in SEVERITIES
-    }
+    loaders = {}
+    for corruption, severity in product(corruptions, SEVERITIES):
+        transform = CorruptedTransform(image_size, corruption, severity, crop_ratio=crop_ratio)
+        loaders[corruption, severity] = loader_of(source, names, transform)
     return partial(_corruption_errors, loaders, relative_to_alexnet=False)
 
 
 def _metrics(loader: DataLoader[Any], trainer: ClassificationTrainer) -> dict[str, float]:
-    metrics, _, _ = trainer.test(loader)
-    return metrics
+    return trainer.test(loader)[0]
 
 
 def _restricted_metrics(

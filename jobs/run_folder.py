@@ -25,14 +25,19 @@ RUN_FILES = (
     "predictions.png",
 )
 RUN_FOLDERS = ("reconstructions", "tensorboard", "runs")
+LOCK_NAME = ".lock"
 
 
 class OutputDirNotEmptyError(ValueError):
     """The output folder holds another run, or a model."""
 
 
+class OutputDirInUseError(RuntimeError):
+    """Another live process trains into the same folder."""
+
+
 def claim_output_dir(requested: str | None, recipe: Path, overwrite: bool, resume: bool) -> Path:
-    """The folder of this run, locked until the process ends; call it on one process only.
+    """The folder of this run, locked; call it on one process only.
 
     Args:
         requested: --output_dir; None = `outputs/<run_name>`, or the first of `outputs/<run_name>-2`, … that is free.
@@ -47,7 +52,7 @@ def claim_output_dir(requested: str | None, recipe: Path, overwrite: bool, resum
     if requested is None and resume:
         raise ValueError("--resume_from_checkpoint needs --output_dir, the folder of the run to go on with")
     folder = Path(requested) if requested else _first_free(Path("outputs") / run_name(recipe))
-    OutputDirLock(folder).acquire()
+    lock_output_dir(folder)
     CheckpointStore(folder, total_limit=None).remove_partials()
     if holds_run(folder) and not overwrite and not resume:
         raise OutputDirNotEmptyError(
@@ -90,56 +95,26 @@ def _first_free(folder: Path) -> Path:
     return candidate
 
 
-LOCK_NAME = ".lock"
-
-
-class OutputDirInUseError(RuntimeError):
-    """Another live process trains into the same folder."""
-
-
-class OutputDirLock:
-    """One run per output folder.
+def lock_output_dir(output_dir: Path) -> None:
+    """Takes a folder, made if need be, for one run until the process ends.
 
     A POSIX record lock: the kernel drops it with the process that holds it, however that ends, and worker processes
     do not inherit it. Its price: it is the process that holds it, so it does not separate two runs in one process, and
     closing any other handle on `.lock` in that process drops it.
+
+    Raises:
+        OutputDirInUseError: a live process has it; the message names its pid and host.
     """
-
-    def __init__(self, output_dir: str | os.PathLike[str]):
-        self.path = Path(output_dir) / LOCK_NAME
-        self._descriptor: int | None = None
-
-    def acquire(self) -> None:
-        """Take the folder, making it if need be.
-
-        Raises:
-            OutputDirInUseError: a live process has it; the message names its pid and host.
-        """
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        # A bare descriptor: a file object would drop the lock when this object is garbage.
-        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as error:
-            holder = os.read(descriptor, 1000).decode() or "a process that has not yet written its pid"
-            os.close(descriptor)
-            raise OutputDirInUseError(
-                f"{self.path.parent} is in use by {holder}: wait for it to end, end it, or choose another --output_dir"
-            ) from error
-        os.truncate(descriptor, 0)
-        os.write(descriptor, f"pid {os.getpid()} on host {socket.gethostname()}".encode())
-        self._descriptor = descriptor
-
-    def release(self) -> None:
-        """Give the folder back. The empty file stays: removing it could take it from under the next holder."""
-        if self._descriptor is not None:
-            os.truncate(self._descriptor, 0)
-            os.close(self._descriptor)
-            self._descriptor = None
-
-    def __enter__(self) -> "OutputDirLock":
-        self.acquire()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.release()
+    output_dir.mkdir(parents=True, exist_ok=True)
+    # A bare descriptor: a file object would drop the lock when it is garbage.
+    descriptor = os.open(output_dir / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:
+        holder = os.read(descriptor, 1000).decode() or "a process that has not yet written its pid"
+        os.close(descriptor)
+        raise OutputDirInUseError(
+            f"{output_dir} is in use by {holder}: wait for it to end, end it, or choose another --output_dir"
+        ) from error
+    os.truncate(descriptor, 0)
+    os.write(descriptor, f"pid {os.getpid()} on host {socket.gethostname()}".encode())

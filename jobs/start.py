@@ -17,12 +17,6 @@ from .run_folder import claim_output_dir
 logger = logging.getLogger("mimae")
 
 
-def limit_cpu_threads(cpu_threads: int | None) -> None:
-    """On a CPU, gives each process of this machine its part of so many threads; None = as they are."""
-    if PartialState().device.type == "cpu" and cpu_threads is not None:
-        torch.set_num_threads(max(1, cpu_threads // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
-
-
 def start_logging(mixed_precision: str, recipe: Path) -> None:
     """Logs from the main process, errors from all; the first line says how many processes there are."""
     state = PartialState()
@@ -48,7 +42,8 @@ def start_processes(args: RunArguments, recipe: Path) -> Path:
     """The run's folder, held by the main process; the first line of the log says how many processes there are."""
     # the main one may be long at converting or listing a data set, and the others wait for it
     PartialState(cpu=args.use_cpu, timeout=timedelta(hours=2))
-    limit_cpu_threads(args.cpu_threads)
+    if PartialState().device.type == "cpu" and args.cpu_threads is not None:  # of this machine, for all its processes
+        torch.set_num_threads(max(1, args.cpu_threads // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
     start_logging(precision(args.mixed_precision), recipe)
     resumes = args.resume_from_checkpoint is not None
     return on_main_process(lambda: claim_output_dir(args.output_dir, recipe, args.overwrite_output_dir, resumes))

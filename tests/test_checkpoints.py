@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mimae.jobs.run_folder import OutputDirInUseError, OutputDirLock
+from mimae.jobs.run_folder import OutputDirInUseError, lock_output_dir
 from mimae.training.checkpoints import store as checkpoints
 from mimae.training.checkpoints.files import CheckpointError, load_tensors, write_json
 from mimae.training.checkpoints.state import (
@@ -267,7 +267,7 @@ def test_everything_is_on_the_disk_before_it_gets_a_checkpoints_name(tmp_path, m
 
 
 def hold_the_lock_and_fork_a_worker(output_dir: Path, worker_pid: multiprocessing.SimpleQueue) -> None:
-    OutputDirLock(output_dir).acquire()
+    lock_output_dir(output_dir)
     worker = forked.Process(target=time.sleep, args=(60,))
     worker.start()
     worker_pid.put(worker.pid)
@@ -281,35 +281,17 @@ def test_a_live_runs_folder_is_refused_and_a_dead_runs_taken_over(tmp_path):
     worker = worker_pid.get()
     try:
         with pytest.raises(OutputDirInUseError) as refused:
-            OutputDirLock(tmp_path).acquire()
+            lock_output_dir(tmp_path)
         for part in (str(tmp_path), f"pid {holder.pid} ", socket.gethostname()):
             assert part in str(refused.value)
         holder.kill()
         holder.join()
         os.kill(worker, 0)  # its worker lives on, and does not hold the folder
-        with OutputDirLock(tmp_path):
-            assert f"pid {os.getpid()} " in (tmp_path / ".lock").read_text()
+        lock_output_dir(tmp_path)
+        assert f"pid {os.getpid()} " in (tmp_path / ".lock").read_text()
     finally:
         holder.kill()
         os.kill(worker, 9)
-
-
-def test_a_released_folder_is_free(tmp_path):
-    def acquire() -> None:
-        try:
-            OutputDirLock(tmp_path).acquire()
-        except OutputDirInUseError:
-            os._exit(3)
-
-    lock = OutputDirLock(tmp_path)
-    exit_codes = []
-    for change in (lock.acquire, lock.release):
-        change()
-        process = forked.Process(target=acquire)
-        process.start()
-        process.join()
-        exit_codes.append(process.exitcode)
-    assert exit_codes == [3, 0]
 
 
 # --- the optimiser --------------------------------------------------------------------------------------------------
