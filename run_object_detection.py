@@ -16,8 +16,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
-from accelerate.utils import gather_object
 from torch import nn
 from transformers import DetrImageProcessor
 
@@ -32,7 +30,7 @@ from mimae.flags.scripts import DETECTION
 from mimae.jobs.dense import DenseRun
 from mimae.pictures.detection import save_detections
 from mimae.training.optimization import WarmupMultiStep
-from mimae.training.processes import together
+from mimae.training.processes import everywhere, together
 
 CONVOLUTIONS = 4  # of a head
 DEFAULT_RECIPE = Path(__file__).parent / "recipes" / "detection.yaml"
@@ -156,8 +154,7 @@ class DetectionRun(DenseRun):
                 self.remember(sample, detections)
 
         together(detect)
-        if PartialState().num_processes > 1:
-            records, image_ids = gather_object(records), gather_object(image_ids)
+        records, image_ids = everywhere(records), everywhere(image_ids)
         return detection_metrics(source.name, records, image_ids=image_ids)
 
     def draw(self, path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from accelerate import PartialState
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import set_seed
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -22,7 +22,7 @@ from ..flags.option import RecipeError
 from ..flags.recipes import parse_arguments
 from ..training.hf_trainer.dense import DenseTrainer
 from ..training.optimization import WarmupSchedule, build_finetuning_adamw
-from ..training.processes import on_main_process
+from ..training.processes import everywhere, on_main_process
 from .downstream import DownstreamRun
 from .downstream_results import write_dense_results
 from .start import start_processes
@@ -159,8 +159,7 @@ class DenseRun(DownstreamRun):
 
     def num_bad_images(self) -> int:
         """Held-out images that no process could decode. Collective."""
-        bad_images = self.evaluation_loader.bad_images
-        return len(gather_object(bad_images) if PartialState().num_processes > 1 else bad_images)
+        return len(everywhere(self.evaluation_loader.bad_images))
 
     def check_classes(self) -> None:
         """Raises a ValueError where the held-out images have other classes, before hours of work."""

@@ -9,12 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
 
 from ..data.batches.loaders import evaluation_batches
 from ..data.sources.opening import ImageSource
 from ..evaluation.features import Encoder, extract_features
-from ..training.processes import together
+from ..training.processes import everywhere, together
 
 
 def gather_features(
@@ -46,7 +45,6 @@ def gather_features(
         batches = evaluation_batches(source, indices=share, **read)
         return [extract_features(model, batches, normalize=normalize, device=state.device)]
 
-    parts = together(extract)
-    parts = parts if state.num_processes == 1 else gather_object(parts)
+    parts = everywhere(together(extract))
     features, labels = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
     return features[labels >= 0], labels[labels >= 0]  # -1: an image without a label

@@ -4,11 +4,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
-from accelerate.utils import gather_object
-
 from .jsonl import append_jsonl, keep_jsonl, read_jsonl
-from .processes import on_main_process
+from .processes import everywhere, on_main_process
 
 logger = logging.getLogger(__name__)
 
@@ -26,9 +23,8 @@ class BadImageLog:
         max_fraction: of it, above which the run stops.
     """
 
-    def __init__(self, path: Path, accelerator: Accelerator, *, num_images: int, max_fraction: float):
-        self._path, self._accelerator = path, accelerator
-        self._num_images, self._max_fraction = num_images, max_fraction
+    def __init__(self, path: Path, *, num_images: int, max_fraction: float):
+        self._path, self._num_images, self._max_fraction = path, num_images, max_fraction
         self._pending: list[dict[str, Any]] = []
         self._known: set[int] = set()
         self._keeps_all = False
@@ -62,8 +58,7 @@ class BadImageLog:
 
     def flush(self) -> None:
         """All processes write down what they met, so that a checkpoint of this moment forgets none. Collective."""
-        pending = self._pending if self._accelerator.num_processes == 1 else gather_object(self._pending)
-        self._pending = []
+        pending, self._pending = everywhere(self._pending), []
         news = {report["index"]: report for report in pending if report["index"] not in self._known}
         if news:
             on_main_process(lambda: append_jsonl(self._path, list(news.values())))

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
+from accelerate.utils import gather_object
 
 Result = TypeVar("Result")
 # longer than any process is kept by the many tries at an image (see `data.remote`)
@@ -74,6 +75,11 @@ def on_main_process(compute: Callable[[], Result], group: dist.ProcessGroup | No
     if _are_several():
         dist.broadcast_object_list(result, src=0, group=group)
     return result[0]
+
+
+def everywhere(items: list[Any]) -> list[Any]:
+    """The items of all processes, in the order of their ranks. Collective."""
+    return gather_object(items) if PartialState().num_processes > 1 else items
 
 
 def main_process_first(compute: Callable[[], Result]) -> Result:

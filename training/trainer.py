@@ -14,7 +14,6 @@ from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 
 from ..data.batches.loaders import PretrainingLoader
 from ..data.images.transforms import Normalization
@@ -33,7 +32,7 @@ from .checkpoints.store import CheckpointStore
 from .metrics import StepMeter, TrackedMetrics
 from .observer import TrainingObserver
 from .optimization import WarmupSchedule, clip_gradients, parameter_names
-from .processes import Agreement, last_line, on_main_process
+from .processes import Agreement, everywhere, last_line, on_main_process
 from .protocols import PretrainingModel
 from .signals import RunStopped, StopRequest, WaitEnded
 
@@ -131,12 +130,8 @@ class Pretrainer:
         self.metrics = TrackedMetrics(
             output_dir, accelerator, loss_terms=model.loss_terms, total_steps=schedule.total_steps
         )
-        self.bad_images = BadImageLog(
-            output_dir / "bad_images.jsonl",
-            accelerator,
-            num_images=len(loader.source),
-            max_fraction=max_bad_image_fraction,
-        )
+        bad_images = output_dir / "bad_images.jsonl"
+        self.bad_images = BadImageLog(bad_images, num_images=len(loader.source), max_fraction=max_bad_image_fraction)
         self._agreement = Agreement()
         self._stop_request = StopRequest(self._agreement)
         self._last_log = (time.perf_counter(), 0)  # when, and after which step
@@ -326,9 +321,7 @@ class Pretrainer:
             CheckpointError: it could not be written; on other processes than the main one, OtherProcessError.
         """
         self.bad_images.flush()
-        states = [{**random_state(), "meter": self.meter.window}]
-        if self.accelerator.num_processes > 1:
-            states = gather_object(states)
+        states = everywhere([{**random_state(), "meter": self.meter.window}])
 
         def publish() -> None:
             with self.observer.saving(self.progress.step):

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from timm.utils import ModelEmaV3
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..checkpoints.files import load_tensors
@@ -44,7 +44,7 @@ class WeightAverage(TrainerCallback):
         """Updates the average."""
         self._average.update(kwargs["model"])
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Writes the average into the checkpoint, whole or not at all."""
         folder = Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         partial = folder / f".{AVERAGE_FILE}.partial"

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from accelerate.utils import gather_object
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -17,7 +16,7 @@ from ..checkpoints.files import read_json, write_json
 from ..checkpoints.state import refuse_other_settings
 from ..checkpoints.store import CheckpointStore, seal
 from ..metrics import MetricsFile
-from ..processes import on_main_process
+from ..processes import everywhere, on_main_process
 from ..signals import StopRequest
 
 logger = logging.getLogger(__name__)
@@ -70,9 +69,7 @@ TIMINGS = ("_runtime", "_per_second")  # of Trainer: noise, and no result
 class MetricsCallback(TrainerCallback):
     """Writes every logged number with its step; a resumed run forgets what the one before it logged later."""
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Drops what was logged after the step that the run goes on from."""
         MetricsFile(Path(str(args.output_dir))).begin(state.global_step)
 
@@ -94,9 +91,7 @@ class StopOnSignal(TrainerCallback):
     def __init__(self, stop_request: StopRequest):
         self._stop_request, self.signum = stop_request, 0
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Collective: all processes end at the same step."""
         self.signum = self._stop_request.agreed()
         if self.signum:
@@ -115,13 +110,9 @@ class BadImageLimit(TrainerCallback):
         self._loader, self._max_fraction = loader, max_fraction
         self._count = 0
 
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Raises: TooManyBadImagesError, on all processes alike."""
-        bad_images = self._loader.bad_images
-        if PartialState().num_processes > 1:
-            bad_images = gather_object(bad_images)
+        bad_images = everywhere(self._loader.bad_images)
         count, num_images = len(set(bad_images)), len(self._loader.dataset.source)
         if count > self._count and state.is_world_process_zero:
             logger.warning("%d training image(s) could not be decoded and were replaced: %s", count, some(bad_images))
