@@ -38,9 +38,7 @@ class WeightAverage(TrainerCallback):
             raise ValueError(f"the decay of the weight average is {decay}; it must lie strictly between 0 and 1")
         self._average = ModelEmaV3(model, decay=decay)
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Updates the average."""
         self._average.update(kwargs["model"])
 
@@ -55,9 +53,7 @@ class WeightAverage(TrainerCallback):
 
         on_main_process(write)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Gives the model the averaged weights for good."""
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             self.load(state.best_model_checkpoint)
