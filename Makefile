@@ -40,7 +40,7 @@ FLOOR_TESTS := private_parts modeling backbone checkpoint_loading misimmim class
 
 .PHONY: test-floor
 test-floor: $(FLOOR)/.installed
-	$(FLOOR)/bin/python -m pytest -n 2 --dist worksteal -m "not slow" $(FLOOR_TESTS:%=tests/test_%.py)
+	$(FLOOR)/bin/python -m pytest -n 2 --dist worksteal -m "not extended" $(FLOOR_TESTS:%=tests/test_%.py)
 
 $(FLOOR)/.installed: setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(FLOOR)

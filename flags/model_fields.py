@@ -1,6 +1,7 @@
 """The fields of the models' configurations as flags: their help is the docstring of the configuration."""
 
 import dataclasses
+import functools
 import inspect
 import itertools
 import re
@@ -52,6 +53,7 @@ def _model_field(name: str, owners: Sequence[type[PreTrainedConfig]]) -> ModelFi
     )
 
 
+@functools.cache
 def described_fields(config_class: type[PreTrainedConfig]) -> dict[str, str]:
     """What the docstrings of a configuration and of its bases say of its fields; its own win."""
     found: dict[str, str] = {}

@@ -116,7 +116,9 @@ class LoopbackHub:
         self.endpoint = f"http://127.0.0.1:{self._server.server_port}"
 
     def __enter__(self) -> "LoopbackHub":
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        threading.Thread(
+            target=self._server.serve_forever, args=(0.01,), daemon=True
+        ).start()  # how long its end takes, in seconds
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -134,7 +134,9 @@ class QuietServer(ThreadingHTTPServer):
 def serve(handler: Callable[..., BaseHTTPRequestHandler]) -> Iterator[str]:
     """A server in a thread of this process: its URL."""
     server = QuietServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(
+        target=server.serve_forever, args=(0.01,), daemon=True
+    ).start()  # how long its end takes, in seconds
     try:
         yield f"http://127.0.0.1:{server.server_port}"
     finally:
