@@ -53,7 +53,6 @@ def _model_field(name: str, owners: Sequence[type[PreTrainedConfig]]) -> ModelFi
     )
 
 
-@functools.cache
 def described_fields(config_class: type[PreTrainedConfig]) -> dict[str, str]:
     """What the docstrings of a configuration and of its bases say of its fields; its own win."""
     found: dict[str, str] = {}
@@ -62,6 +61,7 @@ def described_fields(config_class: type[PreTrainedConfig]) -> dict[str, str]:
     return found
 
 
+@functools.cache
 def described_arguments(docstring: str | None) -> dict[str, str]:
     """The section "Args:" of a docstring, in this project's style or in transformers'; empty where there is none."""
     lines = iter(inspect.cleandoc(docstring or "").splitlines())
