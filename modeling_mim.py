@@ -28,8 +28,10 @@ from .configuration_mim import MIMConfigMixin
 from .masking import masks_from_ids, multi_mask_ids, num_visible_patches
 from .mutual_information import GaussianApproximator, InformationGate, InformationTerms, information_terms
 
-# what transformers wants as the default of an output that is always there
-ALWAYS_SET: Any = None
+ALWAYS_SET: Any = None  # what transformers wants as the default of an output that is always there
+
+# a pre-training checkpoint is loaded for its encoder without warnings about these
+PRETRAINING_PARTS = (r"^decoder\.", r"^approximator\.", r"^mi_gate\.")
 
 
 @dataclass
@@ -191,10 +193,9 @@ def check_image_size(
             f"image of {height} x {width} pixels, but the model was configured for {config.image_size_2d[0]} x "
             f"{config.image_size_2d[1]}; resize it, or pass interpolate_pos_encoding=True"
         )
-    if any(side % getattr(config, divisor) for side in image_size):
-        raise ValueError(
-            f"image of {height} x {width} pixels is not divisible by {divisor}={getattr(config, divisor)}"
-        )
+    unit = getattr(config, divisor)
+    if height % unit or width % unit:
+        raise ValueError(f"image of {height} x {width} pixels is not divisible by {divisor}={unit}")
 
 
 def init_linear(linear: nn.Linear, std: float | None) -> None:
@@ -376,7 +377,7 @@ class MIMForPreTrainingMixin(MIMPreTrainedMixin):
         self.mi_gate = InformationGate(config.mi_gate_threshold, config.mi_gate_mode)
 
     def encode(self, pixel_values: torch.Tensor) -> EncoderOutput:
-        """Unmasked features of the encoder; see its own `encode`."""
+        """Unmasked features: the encoder's own `encode`."""
         return self.base_model.encode(pixel_values)
 
     @can_return_tuple
@@ -474,10 +475,9 @@ class MIMForPreTrainingMixin(MIMPreTrainedMixin):
     def information_terms(self, latent_vector: torch.Tensor, visible_embeddings: torch.Tensor) -> InformationTerms:
         """Eq. 7-10 on ẑ (B, N, D) and X_j (B, N, V, D)."""
         config = self.config
-        pooled = config.approximator_unit == "pooled"
         return information_terms(
             latent_vector,
-            visible_embeddings.mean(dim=2) if pooled else visible_embeddings,
+            visible_embeddings.mean(dim=2) if config.approximator_unit == "pooled" else visible_embeddings,
             self.approximator,
             temperature=config.temperature if config.mi_max_weight > 0 else None,
             gather_negatives=config.gather_negatives,
@@ -509,12 +509,10 @@ class MIMForImageClassificationMixin(MIMPreTrainedMixin):
         interpolate_pos_encoding: bool = False,
         **kwargs: Any,
     ) -> ImageClassifierOutput:
-        """Logits (B, K), and their loss where there are labels.
+        """Logits (B, K), and their `classification_loss` where there are labels.
 
         Args:
-            pixel_values: (B, C, H, W), normalised.
-            labels: classes (B,), those of -100 left out, or probabilities (B, K), as mixup makes them.
-            interpolate_pos_encoding: take images of another size than the configuration's.
+            pixel_values, interpolate_pos_encoding: as the encoder's.
 
         Raises:
             ValueError: see `check_image_size`.
@@ -530,9 +528,8 @@ class MIMForImageClassificationMixin(MIMPreTrainedMixin):
 
 
 def classification_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy of logits (B, K), a mean over the images; labels are classes (B,) or probabilities (B, K).
-
-    Classes of -100 do not count; where all are -100 the loss is 0.
+    """Cross-entropy of logits (B, K), a mean over the images; labels are classes (B,) or probabilities (B, K), as of
+    mixup. Classes of -100 do not count; where all are -100 the loss is 0.
     """
     logits = logits.float()
     if labels.is_floating_point():

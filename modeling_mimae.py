@@ -38,12 +38,12 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_mimae import MIMAEConfig
 from .modeling_mim import (
+    PRETRAINING_PARTS,
     EncoderOutput,
     MaskedOutput,
     MIMEncoderMixin,
     MIMForImageClassificationMixin,
     MIMForPreTrainingMixin,
-    MIMForPreTrainingOutput,
     MIMPreTrainedMixin,
     check_image_size,
     gather_patches,
@@ -66,9 +66,6 @@ register_checkpoint_conversion_mapping(
     ],
     overwrite=True,  # Hub remote code may be imported beside the package
 )
-
-
-MIMAEForPreTrainingOutput = MIMForPreTrainingOutput
 
 
 def sincos_positions(grid_size: tuple[int, int], width: int) -> torch.Tensor:
@@ -278,15 +275,8 @@ class MIMAEModel(MIMEncoderMixin, MIMAEPreTrainedModel, ViTMAEModel):
     """The encoder. `forward` and `encode` see the whole image and are deterministic; `forward_masked` sees views."""
 
     embeddings: MIMAEEmbeddings
-    # any checkpoint is loaded for its encoder without warnings about the rest
-    _keys_to_ignore_on_load_unexpected: Any = (
-        r"^decoder\.",
-        r"^approximator\.",
-        r"^mi_gate\.",
-        r"^pooler\.",  # of the stock ViT
-        r"^fc_norm\.",
-        r"^classifier\.",
-    )
+    # the rest of any checkpoint, the stock ViT's, too
+    _keys_to_ignore_on_load_unexpected: Any = (*PRETRAINING_PARTS, r"^pooler\.", r"^fc_norm\.", r"^classifier\.")
 
     def __init__(self, config: MIMAEConfig):
         ViTMAEPreTrainedModel.__init__(self, config)
@@ -300,11 +290,7 @@ class MIMAEModel(MIMEncoderMixin, MIMAEPreTrainedModel, ViTMAEModel):
     def forward(
         self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = False, **kwargs: Any
     ) -> EncoderOutput:
-        """Features of the whole image. Unlike ViTMAE's, never masked.
-
-        Args:
-            pixel_values: (B, C, H, W), normalised.
-            interpolate_pos_encoding: take images of another size than the configuration's.
+        """Features of the whole image (B, C, H, W), normalised. Unlike ViTMAE's, never masked.
 
         Raises:
             ValueError: see `MIMAEEmbeddings.embed_patches`.
@@ -386,14 +372,8 @@ class MIMAEForImageClassification(MIMForImageClassificationMixin, MIMAEPreTraine
     place of the encoder's last LayerNorm, which is gone.
     """
 
-    # a checkpoint is loaded for its encoder without warnings about the rest
-    _keys_to_ignore_on_load_unexpected: Any = (
-        r"^decoder\.",
-        r"^approximator\.",
-        r"^mi_gate\.",
-        r"^(vit\.)?pooler\.",  # of the stock ViT
-        r"^(vit\.)?layernorm\.",  # where the patches are averaged first
-    )
+    # the stock ViT's pooler; the last norm where the patches are averaged first
+    _keys_to_ignore_on_load_unexpected: Any = (*PRETRAINING_PARTS, r"^(vit\.)?pooler\.", r"^(vit\.)?layernorm\.")
 
     def __init__(self, config: MIMAEConfig):
         super().__init__(config)

@@ -20,6 +20,7 @@ from transformers.models.vit_mae.modeling_vit_mae import ViTMAEAttention, ViTMAE
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_mimae import MIMAEConfig
+from .modeling_mim import PRETRAINING_PARTS
 from .modeling_mimae import MIMAEEmbeddings, MIMAEPreTrainedModel, build_blocks
 
 
@@ -223,21 +224,17 @@ class MIMAEBackbone(BackboneMixin, MIMAEPreTrainedModel):
         ValueError: `add_fpn` without four `out_indices`, or what else `MIMAEConfig` refuses of windows and positions.
     """
 
-    # a checkpoint is loaded for its encoder without warnings about the rest
+    # the rest of any checkpoint, the stock ViT's, too
     _keys_to_ignore_on_load_unexpected: Any = (
-        r"^decoder\.",
-        r"^approximator\.",
-        r"^mi_gate\.",
-        r"^(vit\.)?pooler\.",  # of the stock ViT
-        r"^(vit\.)?layernorm\.",
-        r"^fc_norm\.",
-        r"^classifier\.",
+        *PRETRAINING_PARTS,
+        *(r"^(vit\.)?pooler\.", r"^(vit\.)?layernorm\.", r"^fc_norm\.", r"^classifier\."),
     )
 
     def __init__(self, config: MIMAEConfig):
         config.validate_backbone()  # fields that `from_pretrained` has changed are not checked yet
         config.out_indices = config.out_indices  # `BackboneMixin` knows those alone that are named
         super().__init__(config)
+        self.has_class_token = config.window_size is None  # it has no place in windows
         self.num_features = [config.hidden_size for _ in config.stage_names]
         self.embeddings = MIMAEEmbeddings(config)
         self.layers = build_blocks(config, lambda depth: MIMAEBackboneLayer(config, config.window_of_block(depth)))
@@ -245,17 +242,12 @@ class MIMAEBackbone(BackboneMixin, MIMAEPreTrainedModel):
         self.post_init()
         self.freeze_fixed_parameters()
 
-    @property
-    def has_class_token(self) -> bool:
-        """Whether the class token is in the sequence: it has no place in windows."""
-        return self.config.window_size is None
-
     @capture_outputs(tie_last_hidden_states=False)
     def forward(self, pixel_values: torch.Tensor, **kwargs: Any) -> BackboneOutput:
         """Feature maps of the stages that the configuration names.
 
         Args:
-            pixel_values: (B, C, H, W), normalised; patches must divide H and W.
+            pixel_values: (B, C, H, W), normalised.
 
         Returns:
             `feature_maps`, (B, D, h, w) each, or the pyramid's sizes with `add_fpn`.

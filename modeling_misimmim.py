@@ -39,6 +39,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .configuration_misimmim import MISimMIMConfig
 from .modeling_mim import (
+    PRETRAINING_PARTS,
     EncoderOutput,
     MaskedOutput,
     MIMEncoderMixin,
@@ -175,14 +176,9 @@ class MISimMIMModel(MIMEncoderMixin, MISimMIMPreTrainedModel, SwinModel):
     """The encoder. `forward` and `encode` see the whole image; `forward_masked`, with a mask token, sees views."""
 
     embeddings: MISimMIMEmbeddings
-    # any checkpoint is loaded for its encoder without warnings about the rest
     _keys_to_ignore_on_load_unexpected: Any = (
-        *SwinPreTrainedModel._keys_to_ignore_on_load_unexpected,
-        r"^decoder\.",
-        r"^approximator\.",
-        r"^mi_gate\.",
-        r"^classifier\.",
-        r"embeddings\.mask_token$",
+        *(*SwinPreTrainedModel._keys_to_ignore_on_load_unexpected, *PRETRAINING_PARTS),
+        *(r"^classifier\.", r"embeddings\.mask_token$"),
     )
 
     def __init__(self, config: MISimMIMConfig, use_mask_token: bool = False):
@@ -197,11 +193,7 @@ class MISimMIMModel(MIMEncoderMixin, MISimMIMPreTrainedModel, SwinModel):
     def forward(
         self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = False, **kwargs: Any
     ) -> EncoderOutput:
-        """Features of the whole image.
-
-        Args:
-            pixel_values: (B, C, H, W), normalised.
-            interpolate_pos_encoding: take images of another size than the configuration's.
+        """Features of the whole image (B, C, H, W), normalised.
 
         Raises:
             ValueError: see `MISimMIMEmbeddings.embed_patches`.
@@ -298,7 +290,6 @@ class MISimMIMForImageClassification(
 ):
     """The encoder with a linear classifier on the mean of the last map, for fine-tuning as SimMIM does it."""
 
-    # a checkpoint is loaded for its encoder without warnings about the rest
     _keys_to_ignore_on_load_unexpected: Any = MISimMIMModel._keys_to_ignore_on_load_unexpected
 
     def __init__(self, config: MISimMIMConfig):
