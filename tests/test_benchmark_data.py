@@ -12,7 +12,7 @@ from mimae.benchmarks.data_pipeline import BARE, OFFICIAL, OURS, TRANSFORMERS, m
 from mimae.benchmarks.data_steps import TrainingStep, loader_over, number_of_workers, run_steps, sources_over
 from mimae.benchmarks.photographs import EncodedSource, jpegs
 from mimae.data.images.processor import IMAGENET_MEAN, IMAGENET_STD
-from mimae.data.images.transforms import normalize
+from mimae.data.images.transforms import Normalization
 
 CPU = torch.device("cpu")
 
@@ -32,7 +32,7 @@ def test_the_peers_do_the_same_work_and_ours_does_it_on_uint8():
     torch.manual_seed(0)
     assert torch.equal(pipelines[TRANSFORMERS](), official)
     torch.manual_seed(0)
-    bare = normalize(pipelines[BARE](), IMAGENET_MEAN, IMAGENET_STD)
+    bare = Normalization(IMAGENET_MEAN, IMAGENET_STD, "cpu")(pipelines[BARE]())
     assert (bare - official).abs().mean() < 0.02  # one grey level
     ours = pipelines[OURS]()
     assert ours["pixel_values"].shape == official.shape == (4, 3, 32, 32)

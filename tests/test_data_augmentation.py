@@ -13,7 +13,7 @@ from torchvision.transforms import v2
 from mimae.data.batches.randomness import random_state_kept, seed_random_state
 from mimae.data.images.augmentation import finetuning_transform, mixing, normalized, probe_transform
 from mimae.data.images.decoding import decode_image
-from mimae.data.images.transforms import evaluation_transform, normalize, pretraining_transform
+from mimae.data.images.transforms import Normalization, evaluation_transform, pretraining_transform
 from mimae.tests.data_helpers import encode, photograph
 
 COLOUR, GREY = (decode_image(encode(photograph()), channels) for channels in (3, 1))  # (C, 300, 451)
@@ -96,9 +96,9 @@ def test_the_probe_crops_flips_and_normalises_and_nothing_else():
     seed_random_state(1)
     view = probe_transform(48, mean=MEAN, std=STD)(COLOUR)
     seed_random_state(1)
-    assert torch.equal(view, normalize(pretraining_transform(48, 0.08)(COLOUR), MEAN, STD))
+    assert torch.equal(view, Normalization(MEAN, STD, "cpu")(pretraining_transform(48, 0.08)(COLOUR)))
     evaluation = normalized(evaluation_transform(48), mean=MEAN, std=STD)
-    assert torch.equal(evaluation(COLOUR), normalize(evaluation_transform(48)(COLOUR), MEAN, STD))
+    assert torch.equal(evaluation(COLOUR), Normalization(MEAN, STD, "cpu")(evaluation_transform(48)(COLOUR)))
 
 
 def test_other_numbers_of_channels_do_without_randaugment():

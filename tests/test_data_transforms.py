@@ -5,7 +5,7 @@ import torch
 from torchvision.transforms import InterpolationMode, v2
 
 from mimae.data.images.decoding import decode_image
-from mimae.data.images.transforms import evaluation_transform, normalize, pretraining_transform
+from mimae.data.images.transforms import Normalization, evaluation_transform, pretraining_transform
 from mimae.tests.data_helpers import encode, photograph
 
 IMAGE = decode_image(encode(photograph()), 3)  # (3, 300, 451)
@@ -56,7 +56,7 @@ def test_a_non_square_evaluation_view_is_covered_without_padding(image_size):
 
 def test_normalize_by_hand():
     pixel_values = torch.tensor([0, 51, 255], dtype=torch.uint8).view(1, 3, 1, 1)
-    result = normalize(pixel_values, mean=(0.5, 0.2, 0.0), std=(0.5, 0.1, 0.25))
+    result = Normalization((0.5, 0.2, 0.0), (0.5, 0.1, 0.25), "cpu")(pixel_values)
     assert result.dtype == torch.float32
     torch.testing.assert_close(result.flatten(), torch.tensor([-1.0, 0.0, 4.0]))
     assert pixel_values.flatten().tolist() == [0, 51, 255]
@@ -64,4 +64,4 @@ def test_normalize_by_hand():
 
 def test_normalize_refuses_statistics_for_other_channels():
     with pytest.raises(ValueError, match="1 channels"):
-        normalize(torch.zeros(2, 1, 4, 4, dtype=torch.uint8), mean=(0.5,) * 3, std=(0.5,) * 3)
+        Normalization((0.5,) * 3, (0.5,) * 3, "cpu")(torch.zeros(2, 1, 4, 4, dtype=torch.uint8))

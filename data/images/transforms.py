@@ -63,40 +63,28 @@ def _resize_to_cover(image: torch.Tensor, height: int, width: int) -> torch.Tens
     return F.resize(image, size, interpolation=InterpolationMode.BICUBIC, antialias=True)
 
 
-def normalize(
-    pixel_values: torch.Tensor, mean: Sequence[float] | torch.Tensor, std: Sequence[float] | torch.Tensor
-) -> torch.Tensor:
-    """Returns (pixel_values / 255 - mean) / std as float32, on the device of pixel_values.
-
-    Args:
-        pixel_values: uint8 (B, C, h, w).
-        mean, std: one number per channel, in units of [0, 1].
-
-    Raises:
-        ValueError: mean or std has another length than C.
-    """
-    num_channels = pixel_values.shape[-3]
-    if len(mean) != num_channels or len(std) != num_channels:
-        raise ValueError(
-            f"{num_channels} channels need as many values in image_mean and image_std, got {len(mean)} and {len(std)}"
-        )
-    mean, std = (
-        255 * torch.as_tensor(values, dtype=torch.float32, device=pixel_values.device).view(-1, 1, 1)
-        for values in (mean, std)
-    )
-    return pixel_values.to(torch.float32).sub_(mean).div_(std)
-
-
 class Normalization:
-    """`normalize` with mean and standard deviation already on the device of the images, so that no step copies them.
+    """uint8 (B, C, h, w) -> (pixels / 255 - mean) / std, float32; they lie on the device, so that no step copies them.
 
     Args:
         mean, std: one number per channel, in units of [0, 1]; kept as attributes.
+        device: of the images.
+
+    Raises:
+        ValueError: when called, mean or std has another length than C.
     """
 
     def __init__(self, mean: Sequence[float], std: Sequence[float], device: torch.device | str):
         self.mean, self.std = list(mean), list(std)
-        self._mean, self._std = (torch.tensor(values, device=device) for values in (mean, std))
+        self._mean, self._std = (
+            255 * torch.tensor(values, dtype=torch.float32, device=device).view(-1, 1, 1) for values in (mean, std)
+        )
 
     def __call__(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        return normalize(pixel_values, self._mean, self._std)
+        num_channels = pixel_values.shape[-3]
+        if not num_channels == len(self.mean) == len(self.std):
+            raise ValueError(
+                f"{num_channels} channels need as many values in image_mean and image_std, got {len(self.mean)} and "
+                f"{len(self.std)}"
+            )
+        return pixel_values.to(torch.float32).sub_(self._mean).div_(self._std)

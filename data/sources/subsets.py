@@ -36,7 +36,7 @@ class SubsetSource(ImageSource):
         self.source, self.indices = source, np.asarray(indices, dtype=np.int64)
         if len(self.indices) == 0 or np.any(np.diff(self.indices, prepend=-1, append=len(source)) < 1):
             raise ValueError(
-                f"a subset of {source.name} needs ascending indices in 0..{len(source) - 1}, got {indices}"
+                f"a subset of {source.name} needs indices in 0..{len(source) - 1}, ascending, each once, got {indices}"
             )
         self.blocks, self.block_sizes = np.unique(source.block_of(self.indices), return_counts=True)
         self.name = f"{len(self.indices)} images of {source.name}"
