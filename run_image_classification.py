@@ -51,7 +51,7 @@ from mimae.jobs.start import start_processes
 from mimae.modeling_mim import MIMEncoderMixin, MIMForImageClassificationMixin
 from mimae.training.hf_trainer.classification import ClassificationTrainer, Tested
 from mimae.training.linear_probe import LinearProbe, build_probe_lars, metrics_of_heads
-from mimae.training.optimization import WarmupCosine, WarmupSchedule, build_finetuning_adamw
+from mimae.training.optimization import WarmupCosine, WarmupSchedule
 from mimae.training.processes import main_process_first
 
 logger = logging.getLogger("mimae")
@@ -89,11 +89,7 @@ def default_recipe(argv: Sequence[str] | None) -> Path:
 
 
 class ClassificationRun(DownstreamRun):
-    """The four tasks, on the checkpoint and the images that the flags name.
-
-    Args:
-        groups: see `DownstreamRun`.
-    """
+    """The four tasks, on the checkpoint and the images that the flags name."""
 
     data_args: ClassificationDataArguments
     args: ClassificationArguments
@@ -116,12 +112,9 @@ class ClassificationRun(DownstreamRun):
         model = self.load(self.family.classification_class, self.start.config(numbered(names)))
         transform = finetuning_transform(
             self.image_size,
-            mean=self.mean,
-            std=self.std,
             auto_augment=None if args.auto_augment == "none" else args.auto_augment,
             random_erasing=args.random_erasing,
-            min_crop_scale=self.data_args.min_crop_scale,
-            horizontal_flip=self.data_args.horizontal_flip,
+            **self.training_crop,
         )
         mixed = mixing(
             len(names),
@@ -132,13 +125,7 @@ class ClassificationRun(DownstreamRun):
         )
         loader, further = self.training_loader(transform, mixed), self.robustness_tests(names)
         learning_rate = self.scaled(args.base_learning_rate)
-        optimizer = build_finetuning_adamw(
-            model,
-            learning_rate=learning_rate,
-            weight_decay=args.weight_decay,
-            layer_decay=args.layer_decay,
-            betas=(args.adam_beta1, args.adam_beta2),
-        )
+        optimizer = self.finetuning_optimizer(model, learning_rate)
         trainer = self.trainer(
             model, loader, optimizer, learning_rate, accuracy_of_classes, average_decay=args.ema_decay
         )
@@ -156,16 +143,9 @@ class ClassificationRun(DownstreamRun):
             num_classes=len(names),
             learning_rates=[self.scaled(rate) for rate in self.args.probe_learning_rates],
         )
-        transform = probe_transform(
-            self.image_size,
-            mean=self.mean,
-            std=self.std,
-            min_crop_scale=self.data_args.min_crop_scale,
-            horizontal_flip=self.data_args.horizontal_flip,
-        )
         trainer = self.trainer(
             probe,
-            self.training_loader(transform, None),
+            self.training_loader(probe_transform(self.image_size, **self.training_crop), None),
             build_probe_lars(probe),
             max(probe.learning_rates),
             metrics_of_heads(probe.learning_rates, accuracy_of_classes),
@@ -221,22 +201,13 @@ class ClassificationRun(DownstreamRun):
         The sets are opened here, so that errors are reported before anything is trained.
         """
         data_args = self.data_args
-        folders = {
-            "imagenet_a": data_args.imagenet_a_dir,
-            "imagenet_r": data_args.imagenet_r_dir,
-            "imagenet_sketch": data_args.imagenet_sketch_dir,
-            "imagenet_c": data_args.imagenet_c_dir,
-        }
+        sets = ("imagenet_a", "imagenet_r", "imagenet_sketch", "imagenet_c")
+        folders = {name: getattr(data_args, f"{name}_dir") for name in sets}
         read: dict[str, Any] = {"image_size": self.image_size, "loader_of": self.evaluation_loader}
         tests = imagenet_tests(folders, names, tester_of=self.tester, **read)
         if data_args.corruptions:
-            tests["corruptions"] = corruption_test(
-                self.held_out_images,
-                names,
-                data_args.corruptions,
-                crop_ratio=self.args.evaluation_crop_ratio,
-                **read,
-            )
+            read["crop_ratio"] = self.args.evaluation_crop_ratio
+            tests["corruptions"] = corruption_test(self.held_out_images, names, data_args.corruptions, **read)
         return tests
 
     def tested(
@@ -303,12 +274,10 @@ class ClassificationRun(DownstreamRun):
         return ClassificationEvaluationLoader(
             source,
             transform=normalized(transform, mean=self.mean, std=self.std),
-            num_channels=self.num_channels,
-            batch_size=self.args.per_device_eval_batch_size or self.args.per_device_train_batch_size,
             label_map=label_map(source, names),
             num_processes=state.num_processes,
             process_index=state.process_index,
-            num_workers=self.data_args.dataloader_num_workers,
+            **self.evaluation_reading,
             pin_memory=self.device.type == "cuda",
         )
 
@@ -316,6 +285,21 @@ class ClassificationRun(DownstreamRun):
     def image_processor(self) -> ViTImageProcessor:
         """Resizes to the model's size, and normalises."""
         return build_image_processor(self.image_size, self.mean, self.std)
+
+    @property
+    def training_crop(self) -> dict[str, Any]:
+        """What every transform of training images takes."""
+        flip, scale = self.data_args.horizontal_flip, self.data_args.min_crop_scale
+        return {"mean": self.mean, "std": self.std, "min_crop_scale": scale, "horizontal_flip": flip}
+
+    @property
+    def evaluation_reading(self) -> dict[str, Any]:
+        """How test images are read, but for their transform."""
+        return {
+            "num_channels": self.num_channels,
+            "batch_size": self.args.per_device_eval_batch_size or self.args.per_device_train_batch_size,
+            "num_workers": self.data_args.dataloader_num_workers,
+        }
 
     @property
     def evaluation_transform(self) -> nn.Module:
@@ -419,12 +403,7 @@ class ClassificationRun(DownstreamRun):
             source,
             np.arange(len(source)) if indices is None else indices,
             normalize=Normalization(self.mean, self.std, self.device),
-            read={
-                "transform": self.evaluation_transform,
-                "num_channels": self.num_channels,
-                "batch_size": self.args.per_device_eval_batch_size or self.args.per_device_train_batch_size,
-                "num_workers": self.data_args.dataloader_num_workers,
-            },
+            read={"transform": self.evaluation_transform, **self.evaluation_reading},
         )
         return features, labels if names is None else label_map(source, names)[labels]
 

@@ -149,9 +149,10 @@ def main(argv: Sequence[str] | None = None, observer: TrainingObserver | None = 
         accelerator.end_training()
     if accelerator.is_main_process:
         save_model(output_dir)
-        seconds = time.perf_counter() - started
         facts = {
-            **facts_of(model_args, data_args, args, config, trainer, steps_per_epoch, seconds),
+            **facts_of(model_args, data_args, config, trainer),
+            **{"epochs": trainer.progress.step / steps_per_epoch, "seed": args.seed},
+            "seconds": time.perf_counter() - started,
             "recipe": {**vars(model_args), **vars(data_args), **vars(args), **vars(hub_args), **model_fields},
         }
         picture = evaluation.newest_picture
@@ -237,13 +238,9 @@ def build_schedule(
     else:
         schedule = WarmupCosine(**common, final=args.min_learning_rate)
     logger.info(
-        "%d steps, %d an epoch, of %d images (%d views); peak learning rate %.3g after %d steps",
-        schedule.total_steps,
-        steps_per_epoch,
-        images_per_step,
-        images_per_step * num_views,
-        schedule.peak,
-        schedule.warmup_steps,
+        f"{schedule.total_steps} steps, {steps_per_epoch} an epoch, of {images_per_step} images "
+        f"({images_per_step * num_views} views); "
+        f"peak learning rate {schedule.peak:.3g} after {schedule.warmup_steps} steps"
     )
     return schedule
 
@@ -320,15 +317,10 @@ def run_settings(
 
 
 def facts_of(
-    model_args: ModelArguments,
-    data_args: DataArguments,
-    args: PretrainingArguments,
-    config: MIMConfigMixin,
-    trainer: Pretrainer,
-    steps_per_epoch: int,
-    seconds: float,
+    model_args: ModelArguments, data_args: DataArguments, config: MIMConfigMixin, trainer: Pretrainer
 ) -> dict[str, Any]:
     """Facts of a finished run, for the card and the terminal."""
+    accelerator = trainer.accelerator
     return {
         "task": "pretraining",
         "model_type": config.model_type,
@@ -337,16 +329,10 @@ def facts_of(
         or ("local images" if data_args.train_dir or data_args.data_files else "digits"),
         "num_images": trainer.loader.num_samples,
         "steps": trainer.progress.step,
-        "epochs": trainer.progress.step / steps_per_epoch,
-        "hardware": {
-            "device": device_name(trainer.accelerator.device),
-            "processes": trainer.accelerator.num_processes,
-        },
-        "seconds": seconds,
+        "hardware": {"device": device_name(accelerator.device), "processes": accelerator.num_processes},
         "gate_opened_at_step": trainer.meter.gate_opened_at,
         "gate_threshold": config.mi_gate_threshold,
         "information_terms": config.mi_max_weight > 0 or config.mi_min_weight > 0,
-        "seed": args.seed,
         "skipped_steps": trainer.meter.skipped_steps,
         "bad_images": trainer.bad_images.count,
     }

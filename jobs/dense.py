@@ -21,7 +21,7 @@ from ..flags.dense import DenseArguments
 from ..flags.option import RecipeError
 from ..flags.recipes import parse_arguments
 from ..training.hf_trainer.dense import DenseTrainer
-from ..training.optimization import WarmupSchedule, build_finetuning_adamw
+from ..training.optimization import WarmupSchedule
 from ..training.processes import everywhere, on_main_process
 from .downstream import DownstreamRun
 from .downstream_results import write_dense_results
@@ -112,7 +112,6 @@ class DenseRun(DownstreamRun):
 
     def finetune(self) -> dict[str, Any]:
         """Trains the whole model, tests it and saves it in the run's folder."""
-        args = self.args
         self.check_classes()
         model = self.build_model()
         loader = DenseLoader(
@@ -121,13 +120,7 @@ class DenseRun(DownstreamRun):
             num_channels=self.num_channels,
             **self.training_loader_options,
         )
-        optimizer = build_finetuning_adamw(
-            model,
-            learning_rate=args.learning_rate,
-            weight_decay=args.weight_decay,
-            layer_decay=args.layer_decay,
-            betas=(args.adam_beta1, args.adam_beta2),
-        )
+        optimizer = self.finetuning_optimizer(model, self.args.learning_rate)
         options = self.trainer_options(
             loader, optimizer, self.schedule(self.total_steps(self.steps_per_epoch(loader)))
         )

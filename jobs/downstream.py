@@ -24,7 +24,7 @@ from ..flags.model import ModelArguments
 from ..flags.option import compared_values
 from ..training.hf_trainer.base import DownstreamTrainer
 from ..training.hf_trainer.callbacks import BadImageLimit, MetricsCallback, checkpoint_to_resume
-from ..training.optimization import WarmupSchedule, in_steps, schedule_as_lambda
+from ..training.optimization import WarmupSchedule, build_finetuning_adamw, in_steps, schedule_as_lambda
 from ..training.processes import on_main_process
 from ..training.signals import RunStopped
 from .publishing import claim_repository, publish
@@ -165,6 +165,17 @@ class DownstreamRun(ABC):
             "num_workers": self.data_args.dataloader_num_workers,
             "pin_memory": self.device.type == "cuda",
         }
+
+    def finetuning_optimizer(self, model: Any, learning_rate: float) -> torch.optim.Optimizer:
+        """AdamW with the layer decay that the flags ask for; the learning rate is that of the head."""
+        args = self.args
+        return build_finetuning_adamw(
+            model,
+            learning_rate=learning_rate,
+            weight_decay=args.weight_decay,
+            layer_decay=args.layer_decay,
+            betas=(args.adam_beta1, args.adam_beta2),
+        )
 
     def steps_per_epoch(self, loader: TrainingLoader) -> int:
         """Optimiser steps."""

@@ -59,12 +59,7 @@ AttentionInterface.register(MATMUL, matmul_attention)
 
 
 def default_attention(device: torch.device, mixed_precision: str) -> str | None:
-    """The attention if the user names none; None leaves the choice to transformers, which takes "sdpa".
-
-    Args:
-        device: where it trains.
-        mixed_precision: accelerate's: "no", "fp16" or "bf16".
-    """
+    """The attention if the user names none; None leaves the choice to transformers, which takes "sdpa"."""
     on_cpu_in_bfloat16 = device.type == "cpu" and mixed_precision == "bf16"
     return MATMUL if on_cpu_in_bfloat16 and multiplies_bfloat16() else None
 

@@ -38,14 +38,7 @@ class LinearProbe(nn.Module):
         ValueError: no learning rate, two equal ones, or one that is not positive.
     """
 
-    def __init__(
-        self,
-        encoder: Encoder,
-        *,
-        feature_size: int,
-        num_classes: int,
-        learning_rates: Sequence[float],
-    ):
+    def __init__(self, encoder: Encoder, *, feature_size: int, num_classes: int, learning_rates: Sequence[float]):
         super().__init__()
         if not learning_rates or min(learning_rates) <= 0 or len(set(learning_rates)) < len(learning_rates):
             raise ValueError(f"learning_rates={list(learning_rates)} must be one or more different positive numbers")
@@ -63,7 +56,7 @@ class LinearProbe(nn.Module):
         self.register_load_state_dict_post_hook(_do_not_miss_encoder)
 
     def train(self, mode: bool = True) -> "LinearProbe":
-        """As in torch, except that the encoder stays in evaluation mode."""
+        """As in torch, but the encoder stays in evaluation mode."""
         super().train(mode)
         self.encoder.eval()
         return self
@@ -122,7 +115,6 @@ def metrics_of_heads(
     the literature: hence the figures of all.
 
     Args:
-        learning_rates: of the heads, in their order.
         compute_metrics: of one head's `predictions` (n, 5) and `label_ids` (n,); one of them is "accuracy".
 
     Returns:

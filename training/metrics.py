@@ -82,7 +82,6 @@ class StepMeter:
         return torch.cat([self._sums, self._steps.view(1)]).cpu()
 
     def load_window(self, window: torch.Tensor) -> None:
-        """The inverse of `window`."""
         self._sums.copy_(window[:-1])
         self._steps.copy_(window[-1])
 
@@ -91,17 +90,12 @@ class StepMeter:
         return {"skipped": int(self._skipped), "gate_opened_at": int(self._gate_opened_at)}
 
     def load_state(self, state: dict[str, int]) -> None:
-        """The inverse of `state`."""
         self._skipped.fill_(state["skipped"])
         self._gate_opened_at.fill_(state["gate_opened_at"])
 
 
 class MetricsFile:
-    """`metrics.jsonl`: what was measured after which step, an object a line; only the main process writes.
-
-    Args:
-        folder: of the run.
-    """
+    """`metrics.jsonl` of a run: what was measured after which step, a line each; only the main process writes."""
 
     def __init__(self, folder: Path):
         self._path = folder / METRICS_FILE
@@ -120,13 +114,7 @@ class MetricsFile:
 
 
 class TrackedMetrics(MetricsFile):
-    """The file, the trackers and the progress bar.
-
-    Args:
-        folder: of the run.
-        loss_terms: what the model calls its loss terms; those with a meaning are shown.
-        total_steps: of the run, for the bar.
-    """
+    """The file, the trackers and the progress bar, which shows those of the loss terms that have a meaning."""
 
     def __init__(
         self, folder: Path, accelerator: Accelerator, *, loss_terms: Mapping[str, LossTerm], total_steps: int

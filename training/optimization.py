@@ -120,11 +120,7 @@ def build_finetuning_adamw(
     layer_decay: float,
     betas: tuple[float, float] = (0.9, 0.999),
 ) -> torch.optim.AdamW:
-    """AdamW over `layer_decay_groups`, whose learning rates are `learning_rate` · lr_scale.
-
-    Raises:
-        ValueError: see `layer_decay_groups`.
-    """
+    """AdamW over `layer_decay_groups`, whose learning rates are `learning_rate` · lr_scale."""
     groups = layer_decay_groups(model, weight_decay=weight_decay, layer_decay=layer_decay)
     groups = [{**group, "lr": learning_rate * group["lr_scale"]} for group in groups]
     return torch.optim.AdamW(groups, betas=betas, fused=True)

@@ -11,8 +11,6 @@ from ...data.words import some
 from .files import CheckpointError, load_tensors, read_json, write_json
 
 OPTIMIZER_TENSORS_NAME = "optimizer.safetensors"
-
-
 OPTIMIZER_GROUPS_NAME = "optimizer.json"
 
 
@@ -22,7 +20,6 @@ def save_optimizer(
     """Write an optimiser's state as `optimizer.safetensors` and its groups' hyper-parameters as `optimizer.json`.
 
     Args:
-        folder: where the two files go.
         optimizer: one whose state is tensors and whose hyper-parameters are plain numbers, as AdamW's are.
         parameter_names: a name for each parameter, in the order of the optimiser's groups.
     """

@@ -66,9 +66,8 @@ class DownstreamTrainer(Trainer):
         self.model_accepts_loss_kwargs = False
         self.add_callback(StopAtNonFiniteLoss)
         self.remove_callback(PrinterCallback)  # `MetricsCallback` says it better
-        self.weight_average = None
-        if average_decay is not None:
-            self.weight_average = WeightAverage(self.model, average_decay)
+        self.weight_average = None if average_decay is None else WeightAverage(self.model, average_decay)
+        if self.weight_average:
             self.add_callback(self.weight_average)
         self.settings = settings or {}
         self.add_callback(SealedCheckpoints(self.settings))  # the last one: what it seals must not change
@@ -100,7 +99,7 @@ class DownstreamTrainer(Trainer):
             raise RunStopped(stop.signum)
 
     def take_over(self, checkpoint: str | os.PathLike[str]) -> None:
-        """Takes over the result of the run that finished at this checkpoint: its weights, or their average."""
+        """Takes the weights, or their average, of the run that finished at this checkpoint."""
         self._load_from_checkpoint(str(checkpoint))
         if self.weight_average:
             self.model.load_state_dict(self.weight_average.state_dict())
