@@ -39,11 +39,8 @@ class DownstreamRun(ABC):
     """One run of a downstream script, on the checkpoint and the images that its flags name.
 
     Args:
-        model_args, args, hub_args: the flags, and
-        data_args: a dataclass of those of the data: `dataloader_num_workers`, `max_bad_image_fraction`, and what the
-            subclass reads.
+        data_args: flags of the data: `dataloader_num_workers`, `max_bad_image_fraction`, and what the subclass reads.
         model_fields: of the model's configuration, as recipe and flags set them.
-        output_dir: the run's folder.
 
     Raises:
         ValueError and its kin: a checkpoint that cannot be used, or that lies in `output_dir`.

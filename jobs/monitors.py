@@ -83,12 +83,10 @@ class Probe:
     def measure(self, model: Encoder, accelerator: Accelerator) -> dict[str, float]:
         """`knn_accuracy` and `linear_accuracy`, in [0, 1]. Collective: each process extracts its share of features."""
         with accelerator.autocast():
-            features = [
-                x
-                for source, indices in self._parts
-                for x in gather_features(model, source, indices, normalize=self._normalize, read=self._read)
-            ]
-        return on_main_process(lambda: self._accuracies(*features))
+            train, test = (
+                gather_features(model, *part, normalize=self._normalize, read=self._read) for part in self._parts
+            )
+        return on_main_process(lambda: self._accuracies(*train, *test))
 
     @staticmethod
     def _accuracies(*features: np.ndarray) -> dict[str, float]:
@@ -99,13 +97,7 @@ class Probe:
 
 
 class Evaluation:
-    """All monitors, at one step.
-
-    Args:
-        folder: where the pictures go, `step-0000500.png`.
-        pictures: of reconstructions.
-        probe: None for images without labels.
-    """
+    """All monitors, at one step; pictures go into `folder` as `step-0000500.png`. No probe without labels."""
 
     def __init__(self, folder: Path, pictures: ReconstructionMonitor, probe: Probe | None):
         self._folder, self._pictures, self._probe = folder, pictures, probe

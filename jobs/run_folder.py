@@ -11,18 +11,9 @@ from ..training.checkpoints.store import CheckpointStore
 
 # what a run leaves behind; nothing else is ever deleted
 RUN_FILES = (
-    "metrics.jsonl",
-    "bad_images.jsonl",
-    "config.json",
-    "model.safetensors",
-    "preprocessor_config.json",
-    "README.md",
-    "curves.png",
-    "reconstructions.png",
-    "results.json",
-    "confusion_matrix.png",
-    "features.png",
-    "predictions.png",
+    *("metrics.jsonl", "bad_images.jsonl", "results.json"),
+    *("README.md", "config.json", "model.safetensors", "preprocessor_config.json"),
+    *("curves.png", "reconstructions.png", "confusion_matrix.png", "features.png", "predictions.png"),
 )
 RUN_FOLDERS = ("reconstructions", "tensorboard", "runs")
 LOCK_NAME = ".lock"
@@ -42,7 +33,7 @@ def claim_output_dir(requested: str | None, recipe: Path, overwrite: bool, resum
     Args:
         requested: --output_dir; None = `outputs/<run_name>`, or the first of `outputs/<run_name>-2`, … that is free.
         overwrite: the run in the folder may be deleted; `clear_output_dir` does so once all else is ready.
-        resume: continue it.
+        resume: or it may be continued.
 
     Raises:
         OutputDirNotEmptyError: the folder holds a run, and neither `overwrite` nor `resume` says what to do with it.

@@ -17,10 +17,7 @@ class TooManyBadImagesError(RuntimeError):
 class BadImageLog:
     """Collects what the workers report, and writes it when the processes meet anyway.
 
-    Args:
-        path: the file; a resumed run goes on in it.
-        num_images: size of the data set.
-        max_fraction: of it, above which the run stops.
+    A resumed run goes on in the file `path`. A run stops above `max_fraction` of its `num_images`.
     """
 
     def __init__(self, path: Path, *, num_images: int, max_fraction: float):

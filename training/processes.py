@@ -66,12 +66,8 @@ def together(compute: Callable[[], Result], group: dist.ProcessGroup | None = No
 
 
 def on_main_process(compute: Callable[[], Result], group: dist.ProcessGroup | None = None) -> Result:
-    """What the main process computes, on all processes. Collective.
-
-    Raises:
-        Exception, OtherProcessError: as `together`.
-    """
-    result: list[Any] = [together(lambda: compute() if PartialState().is_main_process else None, group)]
+    """What the main process computes, on all processes; raises what `together` does. Collective."""
+    result = [together(lambda: compute() if PartialState().is_main_process else None, group)]
     if _are_several():
         dist.broadcast_object_list(result, src=0, group=group)
     return result[0]
@@ -85,8 +81,7 @@ def everywhere(items: list[Any]) -> list[Any]:
 def main_process_first(compute: Callable[[], Result]) -> Result:
     """What each process computes for itself, the others from what the main one has left in a cache. Collective.
 
-    Raises:
-        Exception, OtherProcessError: as `together`.
+    Raises what `together` does.
     """
     is_main = PartialState().is_main_process
     first: Any = together(lambda: compute() if is_main else None)

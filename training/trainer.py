@@ -69,23 +69,17 @@ class Pretrainer:
     """Trains a model for its `loss`, and logs its `scalars`.
 
     Args:
-        accelerator: devices, processes, precision, trackers.
         model: not yet prepared; what is asked of it stands in `PretrainingModel`.
         optimizer: one that takes `found_inf` (AdamW, fused).
         loader: batches of uint8 images and mask noise, as a function of (epoch, position).
         normalize: uint8 images on the device → what the model takes.
         schedule: the learning rate of each step, and how many steps the whole run has.
-        gradient_accumulation_steps: forward passes per step.
         max_grad_norm: None = no clipping.
         max_nonfinite_steps: skipped steps in a row at which the run stops.
-        intervals: of logging, checkpoints, evaluation.
-        output_dir: where `metrics.jsonl`, `bad_images.jsonl` and the checkpoints lie.
-        checkpoints: where they are published.
+        output_dir: where `metrics.jsonl` and `bad_images.jsonl` lie.
         settings: what the result follows from; kept in each checkpoint, compared on a resume.
         save_model: writes model, configuration and preprocessing into a folder.
         evaluate: called with the step, on all processes; returns metrics.
-        max_bad_image_fraction: of the data set.
-        observer: is told what happens.
     """
 
     def __init__(

@@ -25,10 +25,6 @@ class WeightAverage(TrainerCallback):
     Checkpoints hold the weights as trained in `model.safetensors`, and their average beside it. When training ends the
     model has the averaged weights: those of the best checkpoint if the Trainer went back to it.
 
-    Args:
-        model: on its device already.
-        decay: in (0, 1).
-
     Raises:
         ValueError: a decay out of (0, 1).
     """

@@ -27,10 +27,8 @@ SETTINGS_FILE = "settings.json"
 class SealedCheckpoints(TrainerCallback):
     """Adds to each checkpoint the settings of its run, and the manifest by which `CheckpointStore` knows a whole one.
 
-    It must be the last callback: what another writes into a checkpoint later would count as damage.
-
-    Args:
-        settings: what the result follows from, as JSON holds it.
+    It must be the last callback: what another writes into a checkpoint later would count as damage. The settings are
+    what the result follows from, as JSON holds it.
     """
 
     def __init__(self, settings: dict[str, Any]):
@@ -82,11 +80,7 @@ class MetricsCallback(TrainerCallback):
 
 
 class StopOnSignal(TrainerCallback):
-    """Ends the training of a `transformers.Trainer` after the step in which a stop signal came, with a checkpoint.
-
-    Attributes:
-        signum: the signal that ended it, or 0.
-    """
+    """Ends a training after the step in which a stop signal came, `signum` (0: none has), with a checkpoint."""
 
     def __init__(self, stop_request: StopRequest):
         self._stop_request, self.signum = stop_request, 0
@@ -99,12 +93,7 @@ class StopOnSignal(TrainerCallback):
 
 
 class BadImageLimit(TrainerCallback):
-    """Stops a `transformers.Trainer` after an epoch in which too many of the training images could not be decoded.
-
-    Args:
-        loader: the training loader of this process.
-        max_fraction: of all training images.
-    """
+    """Stops a training after an epoch by which a larger part of its images than `max_fraction` was not decodable."""
 
     def __init__(self, loader: TrainingLoader, max_fraction: float):
         self._loader, self._max_fraction = loader, max_fraction
