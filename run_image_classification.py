@@ -338,18 +338,14 @@ class ClassificationRun(DownstreamRun):
         compute_metrics: Callable[[EvalPrediction], dict[str, float]],
         **options: Any,
     ) -> ClassificationTrainer:
-        """A Trainer with the schedule of all trainings here: linear warm-up, half-cosine, both per step.
-
-        Args:
-            learning_rate: the peak, of the optimiser's fastest group.
-        """
-        args, steps_per_epoch = self.args, self.steps_per_epoch(loader)
+        """A Trainer with a linear warm-up to the learning rate of the optimiser's fastest group, and a half-cosine."""
+        args = self.args
         schedule = WarmupCosine(
             peak=learning_rate,
             start=min(args.warmup_learning_rate, learning_rate),
             final=min(args.min_learning_rate, learning_rate),
-            warmup_steps=round(args.warmup_epochs * steps_per_epoch),
-            total_steps=self.total_steps(steps_per_epoch),
+            warmup_steps=round(args.warmup_epochs * self.steps_per_epoch(loader)),
+            total_steps=self.total_steps(loader),
         )
         return ClassificationTrainer(
             model,

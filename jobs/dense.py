@@ -114,23 +114,17 @@ class DenseRun(DownstreamRun):
         """Trains the whole model, tests it and saves it in the run's folder."""
         self.check_classes()
         model = self.build_model()
-        loader = DenseLoader(
-            self.training_images,
-            transform=self.training_transform,
-            num_channels=self.num_channels,
-            **self.training_loader_options,
-        )
+        transform, options = self.training_transform, self.training_loader_options
+        loader = DenseLoader(self.training_images, transform=transform, num_channels=self.num_channels, **options)
         optimizer = self.finetuning_optimizer(model, self.args.learning_rate)
-        options = self.trainer_options(
-            loader, optimizer, self.schedule(self.total_steps(self.steps_per_epoch(loader)))
-        )
+        options = self.trainer_options(loader, optimizer, self.schedule(self.total_steps(loader)))
         trainer = DenseTrainer(model, evaluate_model=self.evaluate, **options)
         self.train(trainer)
         metrics = trainer.final_metrics()
         self.save(model)
         on_main_process(lambda: self.draw(self.output_dir / PICTURE) if self.predictions else None)
         return {
-            "test_images": len(self.held_out_images) - self.num_bad_images(),
+            "test_images": len(self.held_out_images) - len(everywhere(self.evaluation_loader.bad_images)),
             "metrics": metrics,
             "per_class": self.per_class,
             "pictures": [PICTURE],
@@ -149,10 +143,6 @@ class DenseRun(DownstreamRun):
             "dataset": self.training_images.name,
             "training_images": len(self.training_images),
         }
-
-    def num_bad_images(self) -> int:
-        """Held-out images that no process could decode. Collective."""
-        return len(everywhere(self.evaluation_loader.bad_images))
 
     def check_classes(self) -> None:
         """Raises a ValueError where the held-out images have other classes, before hours of work."""

@@ -178,9 +178,9 @@ class DownstreamRun(ABC):
         """Optimiser steps."""
         return math.ceil(len(loader) / self.args.gradient_accumulation_steps)
 
-    def total_steps(self, steps_per_epoch: int) -> int:
+    def total_steps(self, loader: DataLoader) -> int:
         """Optimiser steps of the whole run."""
-        return in_steps(self.args.max_train_steps, self.args.num_train_epochs, steps_per_epoch)
+        return in_steps(self.args.max_train_steps, self.args.num_train_epochs, self.steps_per_epoch(loader))
 
     def trainer_options(
         self, loader: TrainingLoader, optimizer: torch.optim.Optimizer, schedule: WarmupSchedule

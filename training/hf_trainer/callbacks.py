@@ -93,7 +93,7 @@ class StopOnSignal(TrainerCallback):
 
 
 class BadImageLimit(TrainerCallback):
-    """Stops a training after an epoch by which a larger part of its images than `max_fraction` was not decodable."""
+    """Stops a training after an epoch by which a larger part of its images than this could not be decoded."""
 
     def __init__(self, loader: TrainingLoader, max_fraction: float):
         self._loader, self._max_fraction = loader, max_fraction
