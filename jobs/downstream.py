@@ -178,7 +178,7 @@ class DownstreamRun(ABC):
         """Optimiser steps."""
         return math.ceil(len(loader) / self.args.gradient_accumulation_steps)
 
-    def total_steps(self, loader: DataLoader) -> int:
+    def total_steps(self, loader: TrainingLoader) -> int:
         """Optimiser steps of the whole run."""
         return in_steps(self.args.max_train_steps, self.args.num_train_epochs, self.steps_per_epoch(loader))
 

@@ -67,7 +67,7 @@ def together(compute: Callable[[], Result], group: dist.ProcessGroup | None = No
 
 def on_main_process(compute: Callable[[], Result], group: dist.ProcessGroup | None = None) -> Result:
     """What the main process computes, on all processes; raises what `together` does. Collective."""
-    result = [together(lambda: compute() if PartialState().is_main_process else None, group)]
+    result: list[Any] = [together(lambda: compute() if PartialState().is_main_process else None, group)]
     if _are_several():
         dist.broadcast_object_list(result, src=0, group=group)
     return result[0]
