@@ -1,14 +1,14 @@
 """Writes docs/flags.md, where every flag can be found by its name.
 
-python -m mimae.jobs.flags_page > docs/flags.md
+python -m mimae.docs.flags_page > docs/flags.md
 """
 
 from collections.abc import Iterator
 
-from ..families.registry import CONFIG_CLASSES
-from ..flags.model_fields import model_fields
-from ..flags.option import HEADINGS, Entry, entries
-from ..flags.scripts import SCRIPTS
+from mimae.families.registry import CONFIG_CLASSES
+from mimae.flags.model_fields import model_fields
+from mimae.flags.option import HEADINGS, Entry, entries
+from mimae.flags.scripts import SCRIPTS
 
 INTRODUCTION = """\
 # Flags
@@ -18,7 +18,7 @@ defaults below. Names are written with `_`, or but for the fields of models with
 alone, or with true or false. `--help` of a script says the same of its own
 flags, and what its recipe changes.
 
-This page is written by `python -m mimae.jobs.flags_page`.
+This page is written by `python -m mimae.docs.flags_page`.
 """
 
 
