@@ -73,7 +73,7 @@ class CheckpointStore:
         return folder
 
     def remove_partials(self) -> None:
-        """Delete what killed runs left half-written or half-removed. Call it under the `OutputDirLock`."""
+        """Delete what killed runs left half-written or half-removed. Call it under the lock of the folder."""
         for pattern in (".checkpoint-*.partial", ".checkpoint-*.discarded"):
             for leftover in self.output_dir.glob(pattern):
                 shutil.rmtree(leftover)
