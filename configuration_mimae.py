@@ -95,10 +95,7 @@ class MIMAEConfig(BackboneConfigMixin, MIMConfigMixin, ViTMAEConfig):
     _out_indices: list[int] | None = None
 
     def __post_init__(
-        self,
-        out_features: list[str] | None = None,
-        out_indices: list[int] | None = None,
-        **kwargs: Any,
+        self, out_features: list[str] | None = None, out_indices: list[int] | None = None, **kwargs: Any
     ) -> None:
         if out_features is not None or out_indices is not None:
             self.set_output_features_output_indices(out_features=out_features, out_indices=out_indices)

@@ -14,7 +14,7 @@ Symbols of the paper and of this file:
 B images, N masks, L units, V visible patches per mask, D width, P = unit_size² · C values of a unit, K classes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, Self
 
@@ -72,16 +72,11 @@ class MaskedOutput(ModelOutput):
 
 
 class LossTerm(NamedTuple):
-    """What a loss term is called by logs, cards and curves.
+    """What a loss term is called by logs, cards and curves."""
 
-    symbol: in the paper.
-    source: its equation there.
-    meaning: in words, the title of its curve; "" = it has none.
-    """
-
-    symbol: str
-    source: str
-    meaning: str
+    symbol: str  # in the paper
+    source: str  # its equation there
+    meaning: str  # in words, the title of its curve; "" = it has none
 
 
 def logged() -> Any:
@@ -92,11 +87,6 @@ def logged() -> Any:
 def loss_term(symbol: str, source: str, meaning: str = "") -> Any:
     """A field of a model's output: a loss term that is logged, drawn and shown by these words; see `LossTerm`."""
     return field(default=None, metadata={"is_logged": True, "loss_term": LossTerm(symbol, source, meaning)})
-
-
-def scalars_of(output_class: Any) -> tuple[str, ...]:
-    """The fields of an output that are logged, in their order, which checkpoints of a training rely on."""
-    return tuple(each.name for each in fields(output_class) if "is_logged" in each.metadata)
 
 
 def loss_terms_of(output_class: Any) -> dict[str, LossTerm]:
@@ -289,15 +279,8 @@ class MIMEncoderMixin(MIMPreTrainedMixin):
 
     embeddings: PatchEmbeddings
 
-    def encode_views(
-        self, patches: torch.Tensor, ids_visible: torch.Tensor, mask: torch.Tensor, **kwargs: Any
-    ) -> MaskedOutput:
-        """Embedded patches → all of the output but the masks."""
-        raise NotImplementedError
-
-    def modules_by_depth(self) -> list[nn.Module]:
-        """For layer decay: the embeddings, then the blocks."""
-        raise NotImplementedError
+    encode_views: Callable[..., MaskedOutput]  # (patches, ids_visible, mask, …): all of the output but the masks
+    modules_by_depth: Callable[[], list[nn.Module]]  # for layer decay: the embeddings, then the blocks
 
     def encode(self, pixel_values: torch.Tensor) -> EncoderOutput:
         """Unmasked features of images of other sizes, too: what evaluation uses, for every model."""
@@ -343,18 +326,13 @@ class MIMForPreTrainingMixin(MIMPreTrainedMixin):
     base_model: MIMEncoderMixin
     output_class: ClassVar[type[MIMForPreTrainingOutput]] = MIMForPreTrainingOutput  # a further term is a field of it
 
-    def decode(self, views: MaskedOutput, image_size: Sequence[int]) -> torch.Tensor:
-        """Logits (B, N, L, P) of images of this (height, width)."""
-        raise NotImplementedError
-
-    def pixel_error(self, difference: torch.Tensor) -> torch.Tensor:
-        """That of each pixel in Eq. 1."""
-        raise NotImplementedError
+    decode: Callable[[MaskedOutput, Sequence[int]], torch.Tensor]  # for a (height, width): logits (B, N, L, P)
+    pixel_error: Callable[[torch.Tensor], torch.Tensor]  # of the difference of each pixel, in Eq. 1
 
     @property
     def scalars(self) -> tuple[str, ...]:
-        """What the output holds that is logged."""
-        return scalars_of(self.output_class)
+        """The fields of the output that are logged, in their order, which checkpoints of a training rely on."""
+        return tuple(each.name for each in fields(self.output_class) if "is_logged" in each.metadata)
 
     @property
     def loss_terms(self) -> dict[str, LossTerm]:

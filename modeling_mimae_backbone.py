@@ -153,12 +153,7 @@ class MIMAEBackboneAttention(ViTMAEAttention):
             self.relative_positions = RelativePositionEmbeddings(self.head_dim, grid_size, is_window=is_window)
 
     def forward(  # type: ignore[override]  # only the blocks below call it
-        self,
-        hidden_states: torch.Tensor,
-        attention_mask: None = None,
-        *,
-        grid_size: tuple[int, int],
-        **kwargs: Any,
+        self, hidden_states: torch.Tensor, attention_mask: None = None, *, grid_size: tuple[int, int], **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(B, T, D) → the same, and attention probabilities where the implementation gives them."""
         if self.window_size is None or self.window_size >= max(grid_size):

@@ -22,10 +22,7 @@ import torch
 from torch import nn
 from transformers import SwinForImageClassification, SwinForMaskedImageModeling, SwinModel
 from transformers import initialization as init
-from transformers.conversion_mapping import (
-    get_checkpoint_conversion_mapping,
-    register_checkpoint_conversion_mapping,
-)
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.models.swin.modeling_swin import (
     SwinDropPath,
     SwinEmbeddings,

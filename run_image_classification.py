@@ -29,23 +29,21 @@ from transformers import EvalPrediction, ViTImageProcessor
 
 from mimae.data.batches.classification import ClassificationEvaluationLoader, ClassificationLoader
 from mimae.data.images.augmentation import Mixing, Transform, finetuning_transform, mixing, normalized, probe_transform
-from mimae.data.images.processor import build_image_processor
-from mimae.data.images.transforms import Normalization, evaluation_transform
+from mimae.data.images.transforms import Normalization, build_image_processor, evaluation_transform
 from mimae.data.sources.opening import ImageSource
 from mimae.data.sources.subsets import SubsetSource, low_shot_indices, read_subset_file
 from mimae.evaluation.metrics import TopKAccuracy
 from mimae.evaluation.probes import knn_accuracies
+from mimae.evaluation.robustness import class_names, label_map, numbered
 from mimae.families.registry import CONFIG_CLASSES
 from mimae.families.warm_start import UnfitCheckpointError
 from mimae.flags.classification import ClassificationArguments, ClassificationDataArguments
 from mimae.flags.option import RecipeError
 from mimae.flags.recipes import flag_value, names_images, parse_arguments
 from mimae.flags.scripts import CLASSIFICATION
-from mimae.jobs.classes import class_names, label_map, numbered
 from mimae.jobs.downstream import DownstreamRun
 from mimae.jobs.downstream_results import write_classification_results
-from mimae.jobs.features import gather_features
-from mimae.jobs.monitors import probe_indices
+from mimae.jobs.monitors import gather_features, probe_indices
 from mimae.jobs.robustness import RobustnessTest, corruption_test, imagenet_tests
 from mimae.jobs.start import start_processes
 from mimae.modeling_mim import MIMEncoderMixin, MIMForImageClassificationMixin

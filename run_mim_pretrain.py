@@ -25,8 +25,13 @@ from accelerate.utils import ProjectConfiguration, set_seed
 
 from mimae.configuration_mim import MIMConfigMixin
 from mimae.data.batches.loaders import PretrainingLoader, evaluation_batches
-from mimae.data.images.processor import build_image_processor, channel_statistics
-from mimae.data.images.transforms import Normalization, evaluation_transform, pretraining_transform
+from mimae.data.images.transforms import (
+    Normalization,
+    build_image_processor,
+    channel_statistics,
+    evaluation_transform,
+    pretraining_transform,
+)
 from mimae.data.sources.opening import ImageSource
 from mimae.families.family import Family
 from mimae.families.registry import CONFIG_CLASSES, family_named
@@ -46,7 +51,6 @@ from mimae.jobs.start import start_processes
 from mimae.modeling_mim import MIMForPreTrainingMixin
 from mimae.training.attention import default_attention
 from mimae.training.checkpoints.store import CheckpointStore
-from mimae.training.observer import TrainingObserver
 from mimae.training.optimization import (
     WarmupCosine,
     WarmupMultiStep,
@@ -56,6 +60,7 @@ from mimae.training.optimization import (
     scaled_learning_rate,
 )
 from mimae.training.processes import main_process_first, on_main_process, together
+from mimae.training.protocols import TrainingObserver
 from mimae.training.signals import RunStopped
 from mimae.training.trainer import Intervals, Pretrainer
 
@@ -162,11 +167,7 @@ def main(argv: Sequence[str] | None = None, observer: TrainingObserver | None = 
 
 
 def build_model(
-    family: Family,
-    config: MIMConfigMixin,
-    model_args: ModelArguments,
-    start: str | None,
-    accelerator: Accelerator,
+    family: Family, config: MIMConfigMixin, model_args: ModelArguments, start: str | None, accelerator: Accelerator
 ) -> MIMForPreTrainingMixin:
     """The model, from scratch or with the weights of the checkpoint `start`."""
     attention = model_args.attn_implementation or default_attention(accelerator.device, accelerator.mixed_precision)

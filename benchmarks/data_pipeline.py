@@ -29,8 +29,7 @@ from torchvision.transforms import v2
 
 from mimae.data.batches.randomness import seed_torch
 from mimae.data.images.decoding import decode_image
-from mimae.data.images.processor import IMAGENET_MEAN, IMAGENET_STD
-from mimae.data.images.transforms import pretraining_transform
+from mimae.data.images.transforms import IMAGENET_MEAN, IMAGENET_STD, pretraining_transform
 from mimae.data.order import augmentation_seed, sample_noise
 
 from .data_steps import PATCH_SIZES, loader_over, measure_steps, number_of_workers

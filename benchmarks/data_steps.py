@@ -12,8 +12,7 @@ import torch
 
 from mimae import MIMAEConfig, MIMAEForPreTraining
 from mimae.data.batches.loaders import PretrainingLoader
-from mimae.data.images.processor import IMAGENET_MEAN, IMAGENET_STD
-from mimae.data.images.transforms import Normalization, pretraining_transform
+from mimae.data.images.transforms import IMAGENET_MEAN, IMAGENET_STD, Normalization, pretraining_transform
 from mimae.data.sources.base import ImageSource
 from mimae.data.sources.opening import open_image_source
 from mimae.training.optimization import build_adamw

@@ -20,8 +20,8 @@ import torch
 from mimae import MIMAEBackbone, MIMAEConfig
 from mimae.data.batches.dense import DenseLoader
 from mimae.data.images.detection_augmentation import large_scale_jitter
-from mimae.data.images.processor import channel_statistics
 from mimae.data.images.segmentation_augmentation import segmentation_training_transform
+from mimae.data.images.transforms import channel_statistics
 from mimae.data.scenes import main as compose_scenes
 from mimae.data.sources.coco import CocoSource
 from mimae.data.sources.dense import DenseSource

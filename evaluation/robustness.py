@@ -1,4 +1,4 @@
-"""Robustness on variants of ImageNet: the 200 classes of ImageNet-A and -R, and the corruptions of ImageNet-C.
+"""Classes by name, of images and of models; the 200 of ImageNet-A and -R; the corruptions of ImageNet-C.
 
 An error is a fraction of images classified wrong, in [0, 1]. A relative error is in per cent of AlexNet's on the same
 corruption, so that mCE, their mean, is 100 for AlexNet itself.
@@ -14,11 +14,13 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers.modeling_outputs import ImageClassifierOutput
 
+from ..data.sources.opening import ImageSource
 from ..data.words import some
 
 # AlexNet's top-1 errors, each the mean over five severities: Hendrycks and Dietterich, ICLR 2019 (arXiv 1903.12261).
@@ -202,3 +204,38 @@ def corruption_markdown(table: Mapping[str, Any]) -> str:
     lines += [[name.replace("_", " "), *(f"{value:.1f}" for value in row)] for name, row in rows.items()]
     lines.append(["**mean**", *(f"**{value:.1f}**" for value in means)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def class_names(source: ImageSource) -> list[str]:
+    """A name for each class of the images: theirs, or their numbers.
+
+    Raises:
+        ValueError: the images have no labels.
+    """
+    if source.label_names is not None:
+        return list(source.label_names)
+    return [str(label) for label in range(source.labels().max() + 1)]
+
+
+def numbered(names: Sequence[str]) -> dict[str, Any]:
+    """`id2label` and `label2id` of a configuration."""
+    return {"id2label": dict(enumerate(names)), "label2id": {name: label for label, name in enumerate(names)}}
+
+
+def label_map(source: ImageSource, names: Sequence[str]) -> np.ndarray:
+    """The position in `names` of each label of the images: by name, or the label itself if classes have no names.
+
+    Returns:
+        int64 (classes of the images,), or (len(names),) where nothing has to be mapped.
+
+    Raises:
+        ValueError: a class that `names` does not have.
+    """
+    if source.label_names is not None and list(source.label_names) != list(names):
+        return np.array(class_positions(source.label_names, names))
+    highest = source.labels().max()
+    if highest >= len(names):
+        raise ValueError(
+            f"{source.name} has images of label {highest}, but the labels of the model end at {len(names) - 1}"
+        )
+    return np.arange(len(names))

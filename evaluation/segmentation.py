@@ -105,12 +105,7 @@ class MeanIoU(InMemoryMetric):
 
 
 def sliding_window_logits(
-    predict: Predict,
-    pixel_values: torch.Tensor,
-    *,
-    crop_size: int,
-    stride: int,
-    num_classes: int,
+    predict: Predict, pixel_values: torch.Tensor, *, crop_size: int, stride: int, num_classes: int
 ) -> torch.Tensor:
     """Logits of images of any size from a model of one size: windows at a stride, averaged where they overlap.
 

@@ -254,12 +254,7 @@ def _copy_processor(source: Source, folder: Path) -> None:
 
 
 OWN_FORMAT = "mimae"
-_FORMATS: dict[str, Format] = {
-    "timm": Timm(),
-    "mae": OfficialMAE(),
-    OWN_FORMAT: Mimae(),
-    "detectron2": Detectron2(),
-}
+_FORMATS: dict[str, Format] = {"timm": Timm(), "mae": OfficialMAE(), OWN_FORMAT: Mimae(), "detectron2": Detectron2()}
 
 
 def formats() -> dict[str, Format]:

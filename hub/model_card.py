@@ -41,10 +41,7 @@ TEST_SET_NAMES = {
 CLASSIFIERS = ("finetune", "linear_probe")
 # the Hub's name of a dense task, and the metrics that every run measures, with the names they are shown by
 DENSE_TASKS = {
-    "segmentation": (
-        "image-segmentation",
-        {"mean_iou": "mIoU", "mean_accuracy": "mAcc", "overall_accuracy": "aAcc"},
-    ),
+    "segmentation": ("image-segmentation", {"mean_iou": "mIoU", "mean_accuracy": "mAcc", "overall_accuracy": "aAcc"}),
     "detection": ("object-detection", {"box_ap": "box AP", "mask_ap": "mask AP"}),
 }
 

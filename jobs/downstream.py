@@ -14,10 +14,9 @@ from accelerate import PartialState
 from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedModel, TrainingArguments
 
 from ..data.batches.supervised import TrainingLoader
-from ..data.images.processor import channel_statistics
+from ..data.images.transforms import channel_statistics
 from ..data.sources.base import RowSource
-from ..families.starting_model import StartingModel
-from ..families.warm_start import Model
+from ..families.warm_start import Model, StartingModel
 from ..flags.downstream import DownstreamArguments
 from ..flags.hub import HubArguments
 from ..flags.model import ModelArguments

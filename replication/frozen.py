@@ -14,8 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from mimae.data.batches.loaders import evaluation_batches
-from mimae.data.images.processor import channel_statistics
-from mimae.data.images.transforms import Normalization, evaluation_transform
+from mimae.data.images.transforms import Normalization, channel_statistics, evaluation_transform
 from mimae.evaluation.features import Encoder, evaluating, extract_features
 from mimae.evaluation.probes import knn_accuracy, linear_probe_accuracy
 from mimae.families.registry import family_named

@@ -19,7 +19,7 @@ from sklearn.datasets import load_digits
 
 from mimae.flags.recipes import as_argv
 from mimae.run_mim_pretrain import main
-from mimae.training.observer import TrainingObserver
+from mimae.training.protocols import TrainingObserver
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "run_mim_pretrain.py"

@@ -11,8 +11,7 @@ from PIL import Image
 from mimae.benchmarks.data_pipeline import BARE, OFFICIAL, OURS, TRANSFORMERS, measure, pipelines_over
 from mimae.benchmarks.data_steps import TrainingStep, loader_over, number_of_workers, run_steps, sources_over
 from mimae.benchmarks.photographs import EncodedSource, jpegs
-from mimae.data.images.processor import IMAGENET_MEAN, IMAGENET_STD
-from mimae.data.images.transforms import Normalization
+from mimae.data.images.transforms import IMAGENET_MEAN, IMAGENET_STD, Normalization
 
 CPU = torch.device("cpu")
 

@@ -21,7 +21,7 @@ from mimae.jobs.run_folder import OutputDirNotEmptyError, claim_output_dir, clea
 from mimae.training.bad_images import TooManyBadImagesError
 from mimae.training.checkpoints.files import CheckpointError
 from mimae.training.checkpoints.store import verify
-from mimae.training.observer import TrainingObserver
+from mimae.training.protocols import TrainingObserver
 from mimae.training.trainer import NonFiniteError, Pretrainer
 
 

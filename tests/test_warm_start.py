@@ -26,8 +26,7 @@ from mimae import MIMAEBackbone, MIMAEConfig, MIMAEForImageClassification, MIMAE
 from mimae.configuration_misimmim import MISimMIMConfig
 from mimae.families.encoders.swin import geometric_positions, interpolate_table, padding_remark
 from mimae.families.family import FAMILIES
-from mimae.families.starting_model import StartingModel
-from mimae.families.warm_start import Checkpoint, UnfitCheckpointError
+from mimae.families.warm_start import Checkpoint, StartingModel, UnfitCheckpointError
 from mimae.flags.option import RecipeError
 from mimae.modeling_mimae import interpolate_positions
 from mimae.modeling_misimmim import MISimMIMForPreTraining, MISimMIMModel

@@ -1,5 +1,6 @@
 """What trainings ask of a model, whoever wrote it."""
 
+import contextlib
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any, Protocol
 
@@ -70,3 +71,28 @@ class PretrainingModel(OptimizedModel, Protocol):
     def parameters(self) -> Iterator[nn.Parameter]: ...
     def buffers(self) -> Iterator[torch.Tensor]: ...
     def load_state_dict(self, state_dict: Mapping[str, torch.Tensor]) -> Any: ...
+
+
+class TrainingObserver:
+    """Told by a `Pretrainer` what it does, as it does it; this one does nothing. Steps are counted from 1."""
+
+    def on_pixels(self, step: int, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Before a forward pass: returns what the model is given: (B, C, H, W), normalised, changed or not."""
+        return pixel_values
+
+    def on_forward(self, step: int, batch: dict[str, Any], output: Any) -> None:
+        """After a forward and a backward pass: the loader's batch, and the model's output."""
+
+    def on_gradients(self, step: int, model: PretrainingModel) -> None:
+        """All gradients of a step are there, and the weights are still the old ones."""
+
+    def on_update(self, step: int, model: PretrainingModel) -> None:
+        """The weights are the new ones."""
+
+    def on_step(self, step: int) -> None:
+        """A step is whole and counted; nothing is logged, saved or evaluated yet."""
+
+    @contextlib.contextmanager
+    def saving(self, step: int) -> Iterator[None]:
+        """Around the writing of a checkpoint, on the main process."""
+        yield

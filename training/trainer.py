@@ -30,10 +30,9 @@ from .checkpoints.state import (
 )
 from .checkpoints.store import CheckpointStore
 from .metrics import StepMeter, TrackedMetrics
-from .observer import TrainingObserver
 from .optimization import WarmupSchedule, clip_gradients, parameter_names
 from .processes import Agreement, everywhere, last_line, on_main_process
-from .protocols import PretrainingModel
+from .protocols import PretrainingModel, TrainingObserver
 from .signals import RunStopped, StopRequest, WaitEnded
 
 logger = logging.getLogger(__name__)

@@ -158,13 +158,7 @@ class OrderedSamples(Dataset[Any], ABC):
     seed_generators = staticmethod(seed_random_state)  # those that the transform draws from
 
     def __init__(
-        self,
-        source: RowSource,
-        plan: BatchPlan,
-        *,
-        transform: Callable[..., Any],
-        num_channels: int,
-        seed: int,
+        self, source: RowSource, plan: BatchPlan, *, transform: Callable[..., Any], num_channels: int, seed: int
     ):
         self.source, self.plan, self.transform = source, plan, transform
         self.num_channels, self.seed = num_channels, seed

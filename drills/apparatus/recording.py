@@ -24,8 +24,7 @@ from safetensors.torch import save_file
 
 from mimae.data.sources import remote
 from mimae.run_mim_pretrain import main
-from mimae.training.observer import TrainingObserver
-from mimae.training.protocols import PretrainingModel
+from mimae.training.protocols import PretrainingModel, TrainingObserver
 
 FILE_OPERATIONS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "shutil.rmtree"}
 

@@ -104,10 +104,7 @@ FAMILY = Family(
     fit_weights=fit_positions,
     head_keys=(r"classifier\.", r"fc_norm\."),
     backbone_keys=(r"fpn\.", RELATIVE_POSITIONS),
-    poolings={
-        "cls": {"latent_pooling": "cls", "classifier_pooling": "cls"},
-        "mean": {"latent_pooling": "mean"},
-    },
+    poolings={"cls": {"latent_pooling": "cls", "classifier_pooling": "cls"}, "mean": {"latent_pooling": "mean"}},
     stock_config_class=ViTMAEConfig,
     stock_fields=stock_fields,
     stock_classes={"ViTMAEModel": MIMAEModel, "ViTMAEForPreTraining": MIMAEForPreTraining},
