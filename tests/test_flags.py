@@ -10,7 +10,6 @@ import pytest
 from transformers import SwinConfig, ViTMAEConfig
 
 from mimae import MIMAEConfig, MISimMIMConfig
-from mimae.docs.flags_page import page
 from mimae.families.registry import CONFIG_CLASSES
 from mimae.flags.model_fields import config_fields, described_arguments, described_fields, model_fields
 from mimae.flags.option import HEADINGS, CheckedArguments, Flag, RecipeError, changed, entries, flags_of, option
@@ -20,6 +19,7 @@ from mimae.run_image_classification import ClassificationRun
 from mimae.run_mim_pretrain import run_settings
 from mimae.run_object_detection import DetectionRun
 from mimae.run_semantic_segmentation import SegmentationRun
+from mimae.tests.flags_page import page
 from mimae.training.optimization import WarmupCosine
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -284,7 +284,7 @@ def test_a_field_that_differs_between_models_is_told_for_each():
 
 
 def test_the_page_of_the_flags_is_what_the_program_writes():
-    assert (ROOT / "docs" / "flags.md").read_text(encoding="utf-8") == page(), "python -m mimae.docs.flags_page"
+    assert (ROOT / "docs" / "flags.md").read_text(encoding="utf-8") == page(), "python -m mimae.tests.flags_page"
 
 
 def test_the_page_has_every_flag_of_every_script():

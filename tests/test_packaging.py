@@ -26,7 +26,7 @@ ROOMS = (
     *("data", "data.images", "data.sources", "data.batches", "data.scenes"),
     *("evaluation", "flags", "families", "dense", "hub"),
     *("training.checkpoints", "training", "training.hf_trainer", "pictures", "jobs", "run"),
-    *("drills", "benchmarks", "replication", "docs"),
+    *("drills", "benchmarks", "replication"),
 )
 LARGEST_ROOM = 14  # files
 

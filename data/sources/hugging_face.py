@@ -36,7 +36,7 @@ class DatasetSource(ImageSource):
         columns = [image_column] if label_column is None else [image_column, label_column]
         self.dataset = dataset.select_columns(columns).cast_column(image_column, Image(decode=False))
         self.name, self.image_column, self.label_column = name, image_column, label_column
-        self.label_names, self.has_labels = class_names(dataset.features, label_column), label_column is not None
+        self.label_names, self.has_labels = label_names_of(dataset.features, label_column), label_column is not None
         self.block_sizes = np.array([len(dataset)], dtype=np.int64)
         self.fingerprint = self._fingerprint()
 
@@ -125,10 +125,10 @@ def _open_shards(
     if suffixes == {".parquet"}:
         features = features or parquet_features(files[0])
         image, label = find_columns(features, *columns, name=name)
-        return ParquetSource(shards, [image, label] if label else [image], class_names(features, label))
+        return ParquetSource(shards, [image, label] if label else [image], label_names_of(features, label))
     if suffixes == {".tar"}:
         images, label = find_tar_fields(tar_fields(files[0]), *columns, name=name)
-        return TarSource(shards, images, label, class_names(features or {}, label))
+        return TarSource(shards, images, label, label_names_of(features or {}, label))
     raise ValueError(
         f"{name} cannot be streamed: only .parquet or .tar shards can be read at random, and split {split!r} holds "
         f"{sorted(suffixes)}; drop --streaming to convert it once, on disk"
@@ -199,7 +199,7 @@ def _is_refusal(error: BaseException) -> bool:
     )
 
 
-def class_names(features: Mapping[Any, Any], label_column: str | None) -> list[str] | None:
+def label_names_of(features: Mapping[Any, Any], label_column: str | None) -> list[str] | None:
     """The names of the labels, if the column has any."""
     return getattr(features.get(label_column), "names", None)
 

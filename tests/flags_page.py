@@ -1,6 +1,6 @@
 """Writes docs/flags.md, where every flag can be found by its name.
 
-python -m mimae.docs.flags_page > docs/flags.md
+python -m mimae.tests.flags_page > docs/flags.md
 """
 
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ defaults below. Names are written with `_`, or but for the fields of models with
 alone, or with true or false. `--help` of a script says the same of its own
 flags, and what its recipe changes.
 
-This page is written by `python -m mimae.docs.flags_page`.
+This page is written by `python -m mimae.tests.flags_page`.
 """
 
 
