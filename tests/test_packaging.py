@@ -28,6 +28,7 @@ ROOMS = (
     *("training.checkpoints", "training", "training.hf_trainer", "pictures", "jobs", "run"),
     *("drills", "benchmarks", "replication"),
 )
+MADE_HERE = {"build", "dist", "exports", "outputs", "scenes"}  # by commands of the README: models bring code with them
 LARGEST_ROOM = 14  # files
 
 
@@ -84,7 +85,7 @@ def python_files(*folders: str) -> list[Path]:
 PACKAGE_FILES = [
     path
     for path in sorted(ROOT.rglob("*.py"))
-    if not {"tests", "build"} & set(path.relative_to(ROOT).parts)
+    if not {"tests", *MADE_HERE} & set(path.relative_to(ROOT).parts)
     and not any(part.startswith(".") for part in path.relative_to(ROOT).parts)
     and path != ROOT / "__init__.py"
 ]
@@ -206,7 +207,7 @@ def test_setup_lists_every_sub_package():
     on_disk = {
         ".".join(["mimae", *path.parent.relative_to(ROOT).parts])
         for path in ROOT.rglob("__init__.py")
-        if not {"tests", "build"} & set(path.relative_to(ROOT).parts)
+        if not {"tests", *MADE_HERE} & set(path.relative_to(ROOT).parts)
         and not any(part.startswith(".") for part in path.relative_to(ROOT).parts)
     }
     assert listed == on_disk

@@ -27,7 +27,8 @@ HUGGING_FACE = ("accelerate", "datasets", "evaluate", "huggingface_hub", "transf
 LIBRARIES = {*HUGGING_FACE, "argparse", "timm", "torch", "torchvision"}
 UNDERSCORES_ALONE = {"accelerate", "argparse", "torch"}  # of these every module may be imported
 OF_NAMED_TUPLES = {"_asdict", "_fields", "_replace"}  # documented; the underscore keeps them apart from the fields
-OUTSIDE = {"benchmarks", "build", "drills", "replication", "tests"}
+MADE_HERE = {"build", "dist", "exports", "outputs", "scenes"}  # by commands of the README: models bring code with them
+OUTSIDE = {"benchmarks", "drills", "replication", "tests", *MADE_HERE}
 
 PUBLIC = {
     name
