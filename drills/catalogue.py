@@ -20,7 +20,7 @@ def drills(quick: bool = False) -> dict[str, Drill]:
     several = (2,) if quick else (2, 4)  # processes
     return {
         "kills": partial(kills.kills_in_a_run, kills=3 if quick else 100),
-        "saves": partial(kills.kills_in_saves, kills=6 if quick else 100),
+        "saves": partial(kills.kills_in_saves, kills=4 if quick else 100),
         "sigterm": partial(kills.stop_signal, name="SIGTERM"),
         "sigusr1": partial(kills.stop_signal, name="SIGUSR1"),
         "full_disk": storage.full_disk,
@@ -32,9 +32,9 @@ def drills(quick: bool = False) -> dict[str, Drill]:
         "killed_worker": partial(processes.one_worker_killed, steps=60 if quick else 200),
         "uneven_shards": partial(images.uneven_shards, sizes=(700, 30, 500, 7)),
         "one_shard": partial(images.uneven_shards, sizes=(700,)),
-        "bad_images": images.bad_images,
+        "bad_images": partial(images.bad_images, num_images=700 if quick else sets.NUM_IMAGES),
         "odd_formats": images.odd_formats,
-        "faults": network.faults,
+        "faults": partial(network.faults, steps=22 if quick else network.STEPS),
         "outage": partial(network.outage, num_processes=1),
         "outage_for_two": partial(network.outage, num_processes=2),
         "stop_in_outage": network.stop_in_an_outage,

@@ -42,13 +42,14 @@ def uneven_shards(folder: Path, sizes: Sequence[int]) -> Outcome:
     )
 
 
-def bad_images(folder: Path) -> Outcome:
+def bad_images(folder: Path, num_images: int = sets.NUM_IMAGES) -> Outcome:
     """One image in a hundred is bad; a run is killed among them and resumed; then a limit is set below them."""
-    images, bad = with_bad_ones(sets.encoded_digits())
+    images, bad = with_bad_ones(sets.encoded_digits()[:num_images])
     steps = 2 * (len(images) // GLOBAL_BATCH_SIZE)
     flags: dict[str, Any] = {"train_dir": sets.write_folder(folder / "images", images), "cache_dir": folder / "cache"}
     # the last checkpoint lies some bad images before the kill
-    whole = reference(folder / "whole", steps, checkpointing_steps=16, max_bad_image_fraction=0.02, **flags)
+    flags |= {"checkpointing_steps": steps * 4 // 11, "max_bad_image_fraction": 0.02}
+    whole = reference(folder / "whole", steps, **flags)
     killed = killed_once(folder / "killed", whole, after=steps * 2 // 3)
     strict = Run(folder / "strict", {**whole.flags, "max_bad_image_fraction": 0.005})
     strict.start()

@@ -71,9 +71,9 @@ def shard_flags(folder: Path, url: str) -> dict[str, Any]:
     return {"data_files": urls, "streaming": True, "shuffle_window": sets.WINDOW}
 
 
-def faults(folder: Path, fault_rate: float = 0.25) -> Outcome:
-    """A run of two epochs over a server that fails one request in four."""
-    whole, shards = local_run(folder)
+def faults(folder: Path, steps: int = STEPS, fault_rate: float = 0.25) -> Outcome:
+    """A run over a server that fails one request in four."""
+    whole, shards = local_run(folder, steps=steps)
     with serving(shards) as (weather, url):
         flags = {**whole.flags, **shard_flags(shards, url), "cache_dir": folder / "other-cache"}
         run = Run(folder / "over-http", flags)
@@ -145,9 +145,9 @@ def stop_in_an_outage(folder: Path) -> Outcome:
     )
 
 
-def local_run(folder: Path, num_processes: int = 1) -> tuple[Run, Path]:
+def local_run(folder: Path, num_processes: int = 1, steps: int = STEPS) -> tuple[Run, Path]:
     """The run that reads the same shards from the disk, and where they lie."""
     pattern = sets.write_parquet(folder / "shards", sets.encoded_digits(), SIZES)
     flags = {"data_files": pattern, "streaming": True, "shuffle_window": sets.WINDOW, "cache_dir": folder / "cache"}
     flags |= {"per_device_train_batch_size": GLOBAL_BATCH_SIZE // num_processes, "dataloader_num_workers": 1}
-    return reference(folder / "whole", STEPS, num_processes, **flags), folder / "shards"
+    return reference(folder / "whole", steps, num_processes, **flags), folder / "shards"

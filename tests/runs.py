@@ -1,11 +1,9 @@
-"""Small pre-training runs for tests, in this process or in one of their own."""
+"""Small pre-training runs for tests."""
 
 import io
 import json
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -57,19 +55,6 @@ def flags(output_dir, model: Mapping[str, Any] = TINY_MODEL, **values) -> list[s
 def pretrain(output_dir, *extra: str, observer: TrainingObserver | None = None, **values) -> int:
     """Runs in this process and returns the exit code."""
     return main([*flags(output_dir, **values), *extra], observer)
-
-
-def launch(argv: list[str], *, launcher: tuple[str, ...] = (), **environment: str) -> subprocess.Popen:
-    """Starts the script in a process of its own; its output is one text stream."""
-    return subprocess.Popen(
-        [sys.executable, *launcher, str(SCRIPT), *argv],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,  # a group of its own, to be signalled as a whole
-    )
 
 
 class SignalAfter(TrainingObserver):

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -86,37 +87,45 @@ sys.modules["mimae"] = None  # an editable install must not help
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, AutoModelForPreTraining
 
-folder, tensors, prefix = sys.argv[1:]
 torch.set_num_threads(1)
-case = torch.load(tensors, weights_only=True)
-model = AutoModelForPreTraining.from_pretrained(folder, trust_remote_code=True).eval()
-assert type(model).__name__ == prefix + "ForPreTraining" and type(model).__module__.startswith("transformers_modules.")
-encoder = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
-assert type(encoder).__name__ == prefix + "Model", type(encoder)
-assert type(AutoConfig.from_pretrained(folder, trust_remote_code=True)).__name__ == prefix + "Config"
-assert [name for name, parameter in model.named_parameters() if not parameter.requires_grad] == case["fixed"]
-with torch.no_grad():
-    output = model(case["pixel_values"], noise=case["noise"])
-    features = encoder(case["pixel_values"]).last_hidden_state
-for name in ("loss", "objective", "logits", "mi_active"):
-    assert torch.equal(output[name], case[name]), name
-assert torch.equal(features, case["features"])
-model.save_pretrained(folder + "-again")
-assert AutoModelForPreTraining.from_pretrained(folder + "-again", trust_remote_code=True).mi_gate.is_open == 1
-classifier = AutoModelForImageClassification.from_pretrained(folder + "-classifier", trust_remote_code=True).eval()
-with torch.no_grad():
-    assert torch.equal(classifier(case["pixel_values"]).logits, case["class_logits"])
+
+
+def check(folder, tensors, prefix):
+    case = torch.load(tensors, weights_only=True)
+    model = AutoModelForPreTraining.from_pretrained(folder, trust_remote_code=True).eval()
+    assert type(model).__name__ == prefix + "ForPreTraining"
+    assert type(model).__module__.startswith("transformers_modules.")
+    encoder = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
+    assert type(encoder).__name__ == prefix + "Model", type(encoder)
+    assert type(AutoConfig.from_pretrained(folder, trust_remote_code=True)).__name__ == prefix + "Config"
+    assert [name for name, parameter in model.named_parameters() if not parameter.requires_grad] == case["fixed"]
+    with torch.no_grad():
+        output = model(case["pixel_values"], noise=case["noise"])
+        features = encoder(case["pixel_values"]).last_hidden_state
+    for name in ("loss", "objective", "logits", "mi_active"):
+        assert torch.equal(output[name], case[name]), name
+    assert torch.equal(features, case["features"])
+    model.save_pretrained(folder + "-again")
+    assert AutoModelForPreTraining.from_pretrained(folder + "-again", trust_remote_code=True).mi_gate.is_open == 1
+    classifier = AutoModelForImageClassification.from_pretrained(folder + "-classifier", trust_remote_code=True).eval()
+    with torch.no_grad():
+        assert torch.equal(classifier(case["pixel_values"]).logits, case["class_logits"])
+
+
+for prefix in sys.argv[1:]:
+    check(prefix + "/model", prefix + "/case.pt", prefix)
 print("equal")
 """
 
 
-def test_remote_code_works_without_this_package(tmp_path, prefix):
+def save_with_its_outputs(folder: Path, prefix: str) -> None:
+    """A model, a classifier, and what both give here."""
     model = model_of(prefix, mi_gate_threshold=100.0, train_approximator=False)
     case = {"pixel_values": torch.randn(2, 3, 16, 16), "noise": torch.rand(2, 16)}
     model(**case)  # opens the gate
-    model.eval().save_pretrained(tmp_path / "model")
+    model.eval().save_pretrained(folder / "model")
     classifier = model_of(prefix, "ForImageClassification").eval()
-    classifier.save_pretrained(tmp_path / "model-classifier")
+    classifier.save_pretrained(folder / "model-classifier")
     with torch.no_grad():
         output = model(**case)
         features = model.base_model(case["pixel_values"]).last_hidden_state
@@ -125,8 +134,12 @@ def test_remote_code_works_without_this_package(tmp_path, prefix):
     fixed = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
     assert any(name.startswith("approximator.") for name in fixed)
     expected |= {"features": features, "class_logits": class_logits, "fixed": fixed}
-    torch.save({**case, **expected}, tmp_path / "case.pt")
+    torch.save({**case, **expected}, folder / "case.pt")
 
+
+def test_remote_code_works_without_this_package(tmp_path):
+    for prefix in SIZES:
+        save_with_its_outputs(tmp_path / prefix, prefix)
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment |= {
         "HF_HOME": str(tmp_path / "hf"),
@@ -134,8 +147,7 @@ def test_remote_code_works_without_this_package(tmp_path, prefix):
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
     }
-    arguments = [str(tmp_path / "model"), str(tmp_path / "case.pt"), prefix]
-    command = [sys.executable, "-c", WITHOUT_THE_PACKAGE, *arguments]
+    command = [sys.executable, "-c", WITHOUT_THE_PACKAGE, *SIZES]
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip().endswith("equal")

@@ -1,13 +1,13 @@
 """Two real processes (gloo) against one on the same global batch. This file is also what each process runs."""
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from forking import run_forked
 from references import TINY, TINY_SWIN
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
@@ -114,25 +114,8 @@ def run_process(rank: int, folder: Path):
 def processes(tmp_path_factory) -> list[dict]:
     """What each of the two processes found."""
     folder = tmp_path_factory.mktemp("distributed")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    running = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(rank), str(folder)],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(NUM_PROCESSES)
-    ]
-    try:
-        for process in running:
-            output, _ = process.communicate(timeout=180)
-            assert process.returncode == 0, output
-    finally:
-        for process in running:
-            process.kill()
-            process.wait()
+    result = run_forked(Path(__file__), [str(folder)], num_processes=NUM_PROCESSES)
+    assert result.returncode == 0, result.output
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(NUM_PROCESSES)]
 
 
@@ -196,4 +179,4 @@ def test_the_gate_follows_the_mean_over_processes_on_all_of_them(processes):
 
 
 if __name__ == "__main__":
-    run_process(int(sys.argv[1]), Path(sys.argv[2]))
+    run_process(int(os.environ["RANK"]), Path(sys.argv[1]))

@@ -492,7 +492,7 @@ def test_a_probe_of_two_processes_is_one_model(pretrained, tmp_path):
 
 
 def test_a_signal_ends_fine_tuning_with_a_checkpoint_and_resuming_changes_nothing(pretrained, tmp_path):
-    values = {"max_train_steps": 60, "dataloader_num_workers": 1, "evaluation_steps": 1000}
+    values = {"max_train_steps": 24, "dataloader_num_workers": 1, "evaluation_steps": 1000}
     run("finetune", pretrained, tmp_path / "whole", **values)
     folder = tmp_path / "stopped"
     process = start_forked(SCRIPT, flags("finetune", pretrained, folder, **values), tmp_path / "log.txt")
@@ -503,7 +503,7 @@ def test_a_signal_ends_fine_tuning_with_a_checkpoint_and_resuming_changes_nothin
     output = (tmp_path / "log.txt").read_text()
     assert process.exitcode == 143, output[-3000:]
     assert "stopped by SIGTERM" in output
-    assert max(logged(folder, "loss")) < 60
+    assert max(logged(folder, "loss")) < 24
     assert not (folder / "results.json").exists()
 
     run("finetune", pretrained, folder, "--resume_from_checkpoint", "latest", **values)

@@ -1,19 +1,16 @@
 """Where one of two real processes (gloo) fails, both end, and know why. This file is also what each process runs."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from accelerate import Accelerator, PartialState
-from runs import flags, launch
+from forking import run_forked
+from runs import SCRIPT, flags
 
 from mimae.training.metrics import TrackedMetrics
 from mimae.training.processes import main_process_first, on_main_process, together
-
-TWO_PROCESSES = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 
 
 def failing_on(*ranks: int):
@@ -72,14 +69,8 @@ def run_process(folder: Path) -> None:
 def outcomes(tmp_path_factory) -> list[dict]:
     """Of the two processes."""
     folder = tmp_path_factory.mktemp("processes")
-    process = subprocess.run(
-        [sys.executable, *TWO_PROCESSES, __file__, str(folder)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, sys.path))},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert process.returncode == 0, process.stderr
+    result = run_forked(Path(__file__), [str(folder)], num_processes=2)
+    assert result.returncode == 0, result.output
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 
@@ -127,11 +118,11 @@ def test_after_all_that_the_processes_still_understand_each_other(outcomes):
 
 
 def test_a_run_of_two_whose_images_are_not_there_ends_with_the_reason_on_both(tmp_path):
-    run = launch(flags(tmp_path / "run", train_dir=tmp_path / "nowhere"), launcher=TWO_PROCESSES)
-    output, _ = run.communicate(timeout=120)
+    run = run_forked(SCRIPT, flags(tmp_path / "run", train_dir=tmp_path / "nowhere"), num_processes=2)
     assert run.returncode == 1
-    assert "nowhere" in output
-    assert "closed by peer" not in output
+    assert "nowhere" in run.output
+    assert "OtherProcessError: process 0 has failed" in run.output
+    assert "closed by peer" not in run.output
 
 
 if __name__ == "__main__":
