@@ -18,6 +18,7 @@ def drills(quick: bool = False) -> dict[str, Drill]:
         quick: fewer kills and combinations, and a small model in the place of ViT-B: for tests.
     """
     several = (2,) if quick else (2, 4)  # processes
+    over_http = 22 if quick else network.STEPS
     return {
         "kills": partial(kills.kills_in_a_run, kills=3 if quick else 100),
         "saves": partial(kills.kills_in_saves, kills=4 if quick else 100),
@@ -34,10 +35,10 @@ def drills(quick: bool = False) -> dict[str, Drill]:
         "one_shard": partial(images.uneven_shards, sizes=(700,)),
         "bad_images": partial(images.bad_images, num_images=700 if quick else sets.NUM_IMAGES),
         "odd_formats": images.odd_formats,
-        "faults": partial(network.faults, steps=22 if quick else network.STEPS),
-        "outage": partial(network.outage, num_processes=1),
-        "outage_for_two": partial(network.outage, num_processes=2),
-        "stop_in_outage": network.stop_in_an_outage,
+        "faults": partial(network.faults, steps=over_http),
+        "outage": partial(network.outage, num_processes=1, steps=over_http),
+        "outage_for_two": partial(network.outage, num_processes=2, steps=over_http),
+        "stop_in_outage": partial(network.stop_in_an_outage, steps=over_http),
         "nan": processes.not_a_number_on_one,
         "gate": processes.losses_on_two_sides_of_the_gate,
         "bf16": processes.in_bfloat16,

@@ -89,14 +89,14 @@ def faults(folder: Path, steps: int = STEPS, fault_rate: float = 0.25) -> Outcom
     )
 
 
-def outage(folder: Path, num_processes: int) -> Outcome:
+def outage(folder: Path, num_processes: int, steps: int = STEPS) -> Outcome:
     """A server that is gone for good in the middle of a run, and back when it is resumed."""
-    whole, shards = local_run(folder, num_processes)
+    whole, shards = local_run(folder, num_processes, steps)
     with serving(shards) as (weather, url):
         flags = {**whole.flags, **shard_flags(shards, url), "cache_dir": folder / "other-cache"}
         run = Run(folder / "over-http", flags, num_processes)
         run.start(impatience=IMPATIENCE)
-        run.wait_for_passes(STEPS // 3)
+        run.wait_for_passes(steps // 3)
         weather.is_out, began = True, time.monotonic()
         codes = run.wait(BOUND)
         seconds = time.monotonic() - began
@@ -116,14 +116,14 @@ def outage(folder: Path, num_processes: int) -> Outcome:
     )
 
 
-def stop_in_an_outage(folder: Path) -> Outcome:
+def stop_in_an_outage(folder: Path, steps: int = STEPS) -> Outcome:
     """SIGTERM while a server that is gone is asked again and again, with the waits of a run in earnest."""
-    whole, shards = local_run(folder)
+    whole, shards = local_run(folder, steps=steps)
     with serving(shards) as (weather, url):
         flags = {**whole.flags, **shard_flags(shards, url), "cache_dir": folder / "other-cache"}
         run = Run(folder / "over-http", flags)
         run.start()
-        run.wait_for_passes(STEPS // 3)
+        run.wait_for_passes(steps // 3)
         weather.is_out = True
         run.wait_for(lambda: "could not be read, try 1" in run.log() or not run.is_alive())
         run.send(signal.SIGTERM)

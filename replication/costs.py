@@ -1,7 +1,7 @@
 """What a stage costs: operations counted, and the time that this makes at the rates of what was done already."""
 
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 from itertools import groupby
 from typing import Any
@@ -19,11 +19,13 @@ from .records import Records
 TRAIN_IMAGES, TEST_IMAGES = 60_000, 10_000  # of Fashion-MNIST
 CORRUPTED_SETS = 25  # five corruptions, five severities
 PASSES = 3  # a backward pass costs two forward ones
+# fields of a configuration that change no tensor's shape
+WITHOUT_COST = {"latent_pooling", "mask_strategy", "mi_gate_mode", "mi_gate_threshold", "train_approximator"}
 
 
 def operations(run: Run, stage: str) -> float:
     """Floating-point operations of a stage."""
-    per_view, per_image = _forward_operations(run.recipe, tuple(sorted(run.arm.fields.items())))
+    per_view, per_image = _forward_operations(run.recipe, _costly(run.arm.fields))
     epochs = {stage: recipe_at(run.scale.finetuning(stage))["num_train_epochs"] for stage in (FEW, ALL)}
     return {
         PRETRAIN: PASSES * per_view * (run.views if run.arm.is_trained else run.scale.views_per_step),
@@ -32,6 +34,12 @@ def operations(run: Run, stage: str) -> float:
         ALL: per_image * (PASSES * epochs[ALL] * TRAIN_IMAGES + TEST_IMAGES),
         CORRUPTED: per_image * CORRUPTED_SETS * TEST_IMAGES,
     }[stage]
+
+
+def _costly(fields: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
+    """What the cost depends on: of a weight, whether there is any."""
+    named = {name: value for name, value in fields.items() if name not in WITHOUT_COST}
+    return tuple(sorted((k, float(v > 0) if k.endswith("_weight") else v) for k, v in named.items()))
 
 
 @cache

@@ -31,6 +31,7 @@ def table(output: str) -> dict[str, tuple]:
     return {name: figures for name, *figures in imports_table(output).rows}
 
 
+@pytest.mark.extended
 def test_a_start_is_followed_to_its_first_step_and_ended_there(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     start = start_of((sys.executable, str(SCRIPT), "--use_cpu", *TINY))  # by itself it would go on for a million

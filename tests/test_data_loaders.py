@@ -190,26 +190,6 @@ def test_the_callers_random_numbers_are_left_alone_and_have_no_say(workers):
     assert_same(*runs)
 
 
-LEFT_OPEN = """
-from accelerate import skip_first_batches
-from mimae.data.batches.workers import GuestLoader
-from mimae.data.sources.opening import open_image_source
-from mimae.tests.data_helpers import pretraining_loader
-batches = pretraining_loader(open_image_source(), num_channels=1, num_workers=1).batches()
-next(batches)
-# one of accelerate's making, of what ours was made of
-numbers = GuestLoader([0, 1, 2, 3], num_workers=1, batch_size=1, persistent_workers=True)
-rest = iter(skip_first_batches(numbers, 1))
-next(rest)
-"""
-
-
-def test_a_program_ends_although_loaders_are_still_open():
-    """Their workers ignore the signal by which they would otherwise be ended."""
-    result = subprocess.run([sys.executable, "-c", LEFT_OPEN], capture_output=True, text=True, timeout=120)
-    assert (result.returncode, result.stderr) == (0, "")
-
-
 HOST = """
 import atexit, multiprocessing, signal, time
 
@@ -230,7 +210,9 @@ child = multiprocessing.Process(target=time.sleep, args=(300,), daemon=True)
 child.start()
 atexit.register(look)
 
+from accelerate import skip_first_batches
 from mimae.data.batches.loaders import evaluation_batches
+from mimae.data.batches.workers import GuestLoader
 from mimae.data.images.transforms import evaluation_transform
 from mimae.data.sources.opening import open_image_source
 from mimae.tests.data_helpers import pretraining_loader
@@ -240,18 +222,23 @@ options = {"transform": transform, "num_channels": 1, "batch_size": 4, "num_work
 print("images:", sum(len(batch["labels"]) for batch in evaluation_batches(source, indices=range(8), **options)))
 batches = pretraining_loader(source, num_channels=1, num_workers=1).batches()
 next(batches)
+# one of accelerate's making, of what ours was made of
+numbers = GuestLoader([0, 1, 2, 3], num_workers=1, batch_size=1, persistent_workers=True)
+rest = iter(skip_first_batches(numbers, 1))
+next(rest)
 print("handler:", signal.getsignal(signal.SIGCHLD) is hear, len(multiprocessing.active_children()))
 """
 HEARD = """images: 8
-handler: True 2
+handler: True 3
 children: [True]
 handler: True
 end: -15 [True]
 """
 
 
-def test_a_program_keeps_its_own_child_and_its_own_handler_of_ends_of_children():
-    """At the end of the program the loader's worker is gone, and the program's child is still its own to end."""
+def test_a_program_ends_with_loaders_open_and_keeps_its_own_child_and_handler_of_ends_of_children():
+    """At the end of the program the loaders' workers, which ignore the signal by which they would otherwise be ended,
+    are gone, and the program's child is still its own to end."""
     result = subprocess.run([sys.executable, "-c", HOST], capture_output=True, text=True, timeout=120)
     assert (result.returncode, result.stdout, result.stderr) == (0, HEARD, "")
 

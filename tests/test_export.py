@@ -196,6 +196,7 @@ print("equal")
 """
 
 
+@pytest.mark.extended
 def test_a_stock_vit_needs_neither_this_package_nor_remote_code(tmp_path):
     model = checkpoint(tmp_path / "in", "pre-training")
     export_checkpoint(tmp_path / "in", tmp_path / "out", "vit")

@@ -295,6 +295,7 @@ def test_a_run_pushes_its_model_and_tells_nobody_the_token(pretrained, tmp_path)
         assert path.is_dir() or TOKEN.encode() not in path.read_bytes(), path
 
 
+@pytest.mark.extended
 def test_a_token_that_may_not_write_is_refused_before_anything_is_trained(pretrained, tmp_path):
     with LoopbackHub({TOKEN: Account("someone", may_write=False)}) as hub:
         result = push_run("finetune", hub, tmp_path / "run", pretrained, tmp_path / "home")

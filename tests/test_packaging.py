@@ -10,6 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from forking import run_forked
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted(path.name for path in ROOT.glob("run_*.py"))
@@ -292,6 +293,7 @@ def test_scripts_run_from_the_root_import_no_bare_sub_package(tmp_path):
         "    assert not bare, (script, bare)\n"
         "print('imported')"
     )
-    # the parent of a folder named mimae, or the editable install, is where `import mimae` finds the checkout
-    paths = [ROOT.parent] if ROOT.name == "mimae" else []
-    assert run_elsewhere(code, tmp_path, *paths).strip().endswith("imported")
+    (tmp_path / "program.py").write_text(code)
+    result = run_forked(tmp_path / "program.py", [], cwd=tmp_path)
+    assert result.returncode == 0, result.output
+    assert result.output.strip().endswith("imported")
