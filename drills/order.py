@@ -66,13 +66,13 @@ def orders(folder: Path, world_sizes: tuple[int, ...], workers: tuple[int, ...])
     )
 
 
-def world_sizes(folder: Path) -> Outcome:
+def world_sizes(folder: Path, steps: int = 48) -> Outcome:
     """One process, then two, four and one again, at the same global batch."""
-    whole = reference(folder / "whole", 48, logging_steps=5, **NO_CHANCE)
+    whole = reference(folder / "whole", steps, logging_steps=5, **NO_CHANCE)
     changing = Run(folder / "changing", whole.flags)
-    for step, num_processes in ((12, 1), (24, 2), (36, 4)):
+    for quarter, num_processes in ((1, 1), (2, 2), (3, 4)):
         changing.num_processes = num_processes
-        stop_at(changing, step, per_device_train_batch_size=GLOBAL_BATCH_SIZE // num_processes)
+        stop_at(changing, quarter * steps // 4, per_device_train_batch_size=GLOBAL_BATCH_SIZE // num_processes)
     changing.num_processes = 1
     changing.finish()
     comparison, difference = compare(changing, whole), largest_difference(whole, changing)

@@ -96,6 +96,7 @@ def test_a_rehearsal_is_not_kept_among_the_measurements(capsys):
     assert "give it an --output_dir of its own" in capsys.readouterr().err
 
 
+@pytest.mark.extended
 def test_candidates_are_tried_in_small(tmp_path, monkeypatch):
     monkeypatch.delitem(CANDIDATES, "compiled")  # compiling takes a minute
     assert main(["candidates", "--quick", "--output_dir", str(tmp_path)]) == 0

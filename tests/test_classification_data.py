@@ -330,7 +330,10 @@ def train(output_dir, workers=0, stop_at=None, resume=None):
     return model
 
 
-@pytest.mark.parametrize(("stop_at", "batches"), [(5, 9), (6, 10), (2, 4)])
+@pytest.mark.parametrize(
+    ("stop_at", "batches"),
+    [(5, 9), *(pytest.param(*each, marks=pytest.mark.extended) for each in ((6, 10), (2, 4)))],
+)
 def test_a_trainer_goes_on_at_the_very_next_batch(tmp_path, stop_at, batches):
     """Stopped within the second epoch, at its end, and within the first; workers change as well."""
     whole = train(tmp_path / "whole")

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +52,14 @@ def parse(recipe: Path):
 def forward_flop(model_name: str, fields: Mapping[str, Any]) -> int:
     """Of one image, at the size that the recipe's fields say, through a classifier of 1,000 classes."""
     pretraining = read_recipe(RECIPES / "imagenet" / f"{model_name}.yaml")
-    family = family_named(pretraining.get("model_type", "mimae"))
-    config = family.build_config(pretraining["preset"], fields, num_labels=1000)
+    return operations(pretraining.get("model_type", "mimae"), pretraining["preset"], tuple(sorted(fields.items())))
+
+
+@cache
+def operations(model_type: str, preset: str, fields: tuple[tuple[str, Any], ...]) -> int:
+    """Many recipes share a model."""
+    family = family_named(model_type)
+    config = family.build_config(preset, dict(fields), num_labels=1000)
     with torch.device("meta"):
         model = family.classification_class(config)
         pixel_values = torch.empty(1, 3, *config.image_size_2d)

@@ -241,7 +241,8 @@ def test_a_run_that_cannot_read_its_first_batch_saves_nothing(server, tmp_path):
     assert not list((tmp_path / "run").glob("checkpoint-*"))
 
 
-@pytest.mark.parametrize("num_processes", [1, pytest.param(2, marks=pytest.mark.extended)])
+@pytest.mark.extended
+@pytest.mark.parametrize("num_processes", [1, 2])
 def test_an_evaluation_that_cannot_read_loses_no_step_and_is_made_up_for(server, tmp_path, forked_runs, num_processes):
     handler, url, folder = server
     write_parquet(folder, shards(*SIZES))

@@ -173,6 +173,7 @@ def test_a_resumed_fine_tuning_equals_an_uninterrupted_one(classifier, pretraine
     assert logged(folder, "loss") == logged(classifier, "loss")
 
 
+@pytest.mark.extended
 def test_streamed_shards_train_as_the_same_rows_converted(pretrained, tmp_path):
     files = write_shards(tmp_path / "shards")
     one = {"data_files": [files], "validation_files": [files], "max_train_steps": 4, "shuffle_window": 10_000}
@@ -235,6 +236,7 @@ def test_imagenet_a_is_judged_among_its_200_classes(imagenet_classifier, tmp_pat
     assert results["robustness"]["imagenet_a"]["accuracy"] == pytest.approx(np.mean(hits["restricted"]))
 
 
+@pytest.mark.extended
 def test_imagenet_c_has_a_table_and_an_mce(imagenet_classifier, tmp_path):
     classes = dict.fromkeys(imagenet_wnids()[:2], 1)
     for corruption in CORRUPTIONS:
@@ -295,7 +297,6 @@ def test_a_run_pushes_its_model_and_tells_nobody_the_token(pretrained, tmp_path)
         assert path.is_dir() or TOKEN.encode() not in path.read_bytes(), path
 
 
-@pytest.mark.extended
 def test_a_token_that_may_not_write_is_refused_before_anything_is_trained(pretrained, tmp_path):
     with LoopbackHub({TOKEN: Account("someone", may_write=False)}) as hub:
         result = push_run("finetune", hub, tmp_path / "run", pretrained, tmp_path / "home")

@@ -137,7 +137,7 @@ def test_the_losses_of_one_batch_fall_when_it_is_trained_on():
     images = pictures(*TWO)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     outputs = []
-    for _ in range(40):
+    for _ in range(30):
         optimizer.zero_grad()
         outputs.append(model(images, TWO))
         outputs[-1].loss.backward()

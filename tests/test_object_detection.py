@@ -59,6 +59,7 @@ def test_the_metrics_in_the_results_are_those_of_the_saved_model(images, encoder
         assert line["loss"] == pytest.approx(sum(line[name] for name in PARTS), rel=1e-4)
 
 
+@pytest.mark.extended
 def test_two_processes_train_together_where_one_sees_no_object_and_count_each_image_once(images, encoder, tmp_path):
     folder = copied(images, tmp_path / "scenes")
     edit_annotations(folder, "train", lambda content: without_objects(content, {1, 2, 3, 4}))

@@ -547,10 +547,9 @@ def elsewhere(tmp_path_factory) -> Path:
 def test_what_was_pushed_works_as_its_cards_say_without_this_package(
     client, hub, environment, run, classifier, swin, swin_classifier, elsewhere
 ):
-    command = [sys.executable, "-m", "mimae.hub.push", str(run), "someone/digits"]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert result.stdout.splitlines() == [
+    answer = client.call("main", argv=[str(run), "someone/digits"])
+    assert answer["result"] == 0, answer
+    assert answer["printed"].splitlines() == [
         f"pushed     {hub.endpoint}/someone/digits",
         f"backbone   {hub.endpoint}/someone/digits-backbone",
     ]
@@ -615,7 +614,8 @@ def test_pre_training_pushes_at_its_end_and_a_failure_costs_the_exit_code_alone(
     if status is not None:
         hub.fail_next(status, times=100, path_contains="/commit/")
     argv = flags(tmp_path / "run", max_train_steps=2, probe_samples=0)
-    command = [sys.executable, str(ROOT / "run_mim_pretrain.py"), *argv, "--push_to_hub", "--hub_model_id", repo_id]
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1"]
+    command = [*launcher, str(ROOT / "run_mim_pretrain.py"), *argv, "--push_to_hub", "--hub_model_id", repo_id]
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == (0 if status is None else 1), result.stderr[-3000:]
     assert WRITE not in result.stdout + result.stderr

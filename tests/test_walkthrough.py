@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "walkthrough.md").read_text(encoding="utf-8")
 TOKEN = "hf_" + "Walker" * 6
 # a push must be launched: which Hub is meant, is read when it is imported
-LAUNCHED = ("run_mim_pretrain.py", "mimae.hub.push")
+LAUNCHED = ("mimae.hub.push",)
 TRAINING = ["--max_train_steps", "6", "--report_to", "none", "--logging_steps", "2", "--cpu_threads", "1"]
 # what makes a command short; the page's own flags stay
 SHORTER = {
