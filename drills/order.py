@@ -76,12 +76,12 @@ def world_sizes(folder: Path, steps: int = 48) -> Outcome:
     changing.num_processes = 1
     changing.finish()
     comparison, difference = compare(changing, whole), largest_difference(whole, changing)
-    steps = changing.record.steps_by_start()
+    by_start = changing.record.steps_by_start()
     return Outcome(
         drill="1, 2, 4 and 1 processes in turn, at one global batch",
-        passed=comparison.same_order and difference < TOLERANCE and len(steps) == 4,
+        passed=comparison.same_order and difference < TOLERANCE and len(by_start) == 4,
         figures={
-            "steps by each": [len(each) for each in steps.values()],
+            "steps by each": [len(each) for each in by_start.values()],
             "same samples, crops and noise": comparison.same_order,
             "samples lost": comparison.lost,
             "samples repeated": comparison.repeated,

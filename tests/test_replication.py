@@ -252,6 +252,13 @@ def test_what_an_earlier_start_has_taken_counts(tmp_path, monkeypatch):
     assert records.find(run, PRETRAIN)["seconds"] == 1000
 
 
+@pytest.fixture
+def counted(monkeypatch):
+    """A page prices fifty models, each counted on its own: where the price is not the claim, all cost the same."""
+    monkeypatch.setattr(costs, "_forward_operations", lambda recipe, fields: (1e6, 1e6))
+
+
+@pytest.mark.usefixtures("counted")
 def test_a_model_that_is_needed_again_is_priced_once_more_and_once(tmp_path):
     records = fill(tmp_path)
     few, every = (group for group in GROUPS if FEW in group.stages or ALL in group.stages)
@@ -296,12 +303,6 @@ def fill(folder, scale=SMALL, gain=1.0):
         add(records, run, PRETRAIN, metrics={"mi_max_loss": 1.0, "gate_opened_at": 10}, series=series)
         add(records, run, FROZEN, metrics={"knn": level + 0.01 * (run.seed % 2), "rank": 3.0})
     return records
-
-
-@pytest.fixture
-def counted(monkeypatch):
-    """A page prices fifty models, each counted on its own: where the price is not the claim, all cost the same."""
-    monkeypatch.setattr(costs, "_forward_operations", lambda recipe, fields: (1e6, 1e6))
 
 
 @pytest.mark.usefixtures("counted", "drawn")

@@ -174,15 +174,9 @@ def test_a_gate_that_never_opened_is_said_in_plain_words(tmp_path, capsys):
     assert "NEVER OPENED" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("streaming", "num_workers"),
-    [
-        pytest.param(False, 0, id="map-style-0", marks=pytest.mark.extended),
-        pytest.param(False, 2, id="map-style-2", marks=pytest.mark.extended),
-        pytest.param(True, 0, id="streaming-0", marks=pytest.mark.extended),
-        pytest.param(True, 2, id="streaming-2"),
-    ],
-)
+@pytest.mark.extended
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("streaming", [False, True], ids=["map-style", "streaming"])
 def test_a_run_stopped_by_sigterm_mid_epoch_and_resumed_equals_one_never_stopped(
     tmp_path, shards, streaming, num_workers
 ):
