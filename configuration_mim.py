@@ -44,6 +44,7 @@ class MIMConfigMixin(_EncoderConfig):
         mi_gate_threshold: ε_l, of Assumption 3: the information terms count once L_rec has been below it;
             None = from the first step (ablation (c) needs it).
         mi_gate_mode: "latch" stays open once opened; "step" decides at each step.
+        mi_ramp_steps: passes of training in which the terms' weights grow to λ2 and λ3 once the gate opens; 0 = none.
         approximator_unit: what V sees as X: the "pooled" visible patches of a view, or each "token" (a mixture's
             mean log-likelihood).
         approximator_hidden_size: H, the width of V's hidden layer; None = `hidden_size`.
@@ -64,6 +65,7 @@ class MIMConfigMixin(_EncoderConfig):
     temperature: float | int = 0.07
     mi_gate_threshold: float | int | None = 0.5
     mi_gate_mode: Literal["latch", "step"] = "latch"
+    mi_ramp_steps: int = 0
     approximator_unit: Literal["pooled", "token"] = "pooled"
     approximator_hidden_size: int | None = None
     approximator_variance_eps: float = 1e-2
@@ -163,7 +165,7 @@ class MIMConfigMixin(_EncoderConfig):
 
     def validate_information_terms(self) -> None:
         """Part of `@strict`'s validation: the weights, and what they need."""
-        for name in ("reconstruction_weight", "mi_max_weight", "mi_min_weight"):
+        for name in ("reconstruction_weight", "mi_max_weight", "mi_min_weight", "mi_ramp_steps"):
             if not 0 <= getattr(self, name) < math.inf:  # so written, it refuses NaN
                 raise ValueError(f"{name}={getattr(self, name)} must be finite and not be negative")
         if self.num_masks == 1 and (self.mi_max_weight > 0 or self.mi_min_weight > 0):

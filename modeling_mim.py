@@ -101,7 +101,7 @@ class MIMForPreTrainingOutput(ModelOutput):
     loss: objective + approximation_loss, for the one backward.
     objective: Eq. 11, λ1·L_rec + gate·(λ2·L_max + λ3·L_min).
     reconstruction_loss, mi_max_loss, mi_min_loss, approximation_loss: Eq. 1, 8, 10, 9.
-    mi_active: the gate, 1 where the information terms counted.
+    mi_active: the gate, 0 where the information terms did not count, 1 where they did in full.
     logits (B, N, L, P), None if not asked for; mask and ids_restore (B, N, L), latent_vector (B, N, D).
     latent_norm: mean of ‖ẑ‖. min_variance, dead_variance_fraction: V's smallest variance, and the share of its
         variance units that are 0 on the whole batch (both 0 where there is no V).
@@ -236,7 +236,8 @@ class MIMPreTrainedMixin(_StockModel):
             init.ones_(module.weight)
             init.zeros_(module.bias)
         elif isinstance(module, InformationGate):
-            init.zeros_(module.is_open)
+            for state in module.buffers():
+                init.zeros_(state)
 
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters with more than one dimension that do not decay, in timm's convention: none."""
@@ -352,7 +353,7 @@ class MIMForPreTrainingMixin(MIMPreTrainedMixin):
             if config.mi_min_weight > 0
             else None
         )
-        self.mi_gate = InformationGate(config.mi_gate_threshold, config.mi_gate_mode)
+        self.mi_gate = InformationGate(config.mi_gate_threshold, config.mi_gate_mode, config.mi_ramp_steps)
 
     def encode(self, pixel_values: torch.Tensor) -> EncoderOutput:
         """Unmasked features: the encoder's own `encode`."""

@@ -183,31 +183,34 @@ class GaussianApproximator(nn.Module):
 class InformationGate(nn.Module):
     """Assumption 3: the information terms count only once reconstruction is good, L_rec < ε_l.
 
-    The state is a 0/1 tensor that multiplies the terms: no branch on data, no host sync, a static graph, and the same
-    decision on all processes, because L_rec is averaged over them first. It lies in the checkpoint. Only training
-    moves it. NaN opens nothing.
+    A tensor that multiplies the terms: no branch on data, no host sync, a static graph, and one decision for all
+    processes, as L_rec is averaged first. It lies in the checkpoint; only training moves it. NaN opens nothing.
 
     Args:
         threshold: ε_l; None = always open.
         mode: "latch" stays open once opened, "step" decides anew at each step.
+        ramp_steps: forward passes of training in which an open gate rises from 0 to 1; 0 = it is 1 at once.
     """
 
     is_open: torch.Tensor
+    steps_open: torch.Tensor
 
-    def __init__(self, threshold: float | None, mode: str):
+    def __init__(self, threshold: float | None, mode: str, ramp_steps: int = 0):
         super().__init__()
-        self.threshold = threshold
-        self.mode = mode
+        self.threshold, self.mode, self.ramp_steps = threshold, mode, ramp_steps
         self.register_buffer("is_open", torch.zeros(()))
+        if ramp_steps:  # counted in whole numbers: half a precision would stop at 256
+            self.register_buffer("steps_open", torch.zeros((), dtype=torch.int64))
 
     def forward(self, reconstruction_loss: torch.Tensor) -> torch.Tensor:
-        """This step's L_rec, a scalar → 1 (the terms count) or 0, a scalar without gradient."""
-        if self.threshold is None:
-            return torch.ones_like(self.is_open)
-        if self.training:
+        """This step's L_rec, a scalar → 0 (closed) to 1 (the terms count in full), a scalar without gradient."""
+        if self.training and self.threshold is not None:
             below = (mean_over_processes(reconstruction_loss) < self.threshold).to(self.is_open.dtype)
             self.is_open.copy_(torch.maximum(self.is_open, below) if self.mode == "latch" else below)
-        return self.is_open.clone()
+        is_open = torch.ones_like(self.is_open) if self.threshold is None else self.is_open.clone()
+        if self.training and self.ramp_steps:
+            self.steps_open.add_(1).mul_(is_open.to(torch.int64))
+        return is_open * (self.steps_open / self.ramp_steps).clamp(max=1) if self.ramp_steps else is_open
 
 
 @dataclass

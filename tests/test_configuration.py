@@ -30,6 +30,7 @@ from mimae import MIMAEConfig, MISimMIMConfig
         ({"num_masks": 4.0}, ["num_masks", "int"]),
         ({"mask_strategy": "orthogonl"}, ["mask_strategy", "orthogonal", "independent"]),
         ({"mi_gate_mode": "open"}, ["mi_gate_mode", "latch", "step"]),
+        ({"mi_ramp_steps": -1}, ["mi_ramp_steps=-1", "negative"]),
         ({"latent_pooling": "max"}, ["latent_pooling", "mean", "cls", "all"]),
         ({"norm_pix_loss": "yes"}, ["norm_pix_loss", "bool"]),
         ({"mi_min_weight": -1.0}, ["mi_min_weight=-1.0", "not be negative"]),

@@ -185,6 +185,36 @@ def test_gate_opens_in_training_only_stays_open_and_survives_a_save(tmp_path, bu
     assert loaded.train()(images()).mi_active == 1
 
 
+def test_behind_an_open_gate_the_terms_come_in_linearly(tmp_path, build):
+    model = build(mi_gate_threshold=0.0, mi_ramp_steps=4)
+    assert [model.train()(images()).mi_active.item() for _ in range(2)] == [0, 0]  # closed: nothing is counted
+    model.mi_gate.threshold = 100.0
+    outputs = [model(images()) for _ in range(3)]
+    assert [output.mi_active.item() for output in outputs] == [0.25, 0.5, 0.75]
+    for output in outputs:
+        information = output.mi_max_loss + 10 * output.mi_min_loss
+        torch.testing.assert_close(output.objective, output.reconstruction_loss + output.mi_active * information)
+
+    assert model.eval()(images()).mi_active == 0.75  # only training moves it
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path).to(torch.bfloat16).train()
+    assert [loaded(images().bfloat16()).mi_active.item() for _ in range(2)] == [1, 1]
+
+
+def test_a_ramp_without_a_threshold_begins_with_the_training(build):
+    model = build(mi_gate_threshold=None, mi_ramp_steps=2)
+    assert [model.train()(images()).mi_active.item() for _ in range(3)] == [0.5, 1, 1]
+
+
+def test_a_gate_that_closes_begins_its_ramp_anew(build):
+    model = build(mi_gate_threshold=100.0, mi_gate_mode="step", mi_ramp_steps=4).train()
+    assert [model(images()).mi_active.item() for _ in range(2)] == [0.25, 0.5]
+    model.mi_gate.threshold = 0.0
+    assert model(images()).mi_active == 0
+    model.mi_gate.threshold = 100.0
+    assert model(images()).mi_active == 0.25
+
+
 def test_a_closed_gate_survives_a_save(tmp_path, build):
     model = build()
     model.save_pretrained(tmp_path)

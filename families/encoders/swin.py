@@ -146,9 +146,8 @@ FAMILY = Family(
         baseline="SimMIM",
         reconstruction="L_rec (Eq. 1, with the absolute error)",
         method=(
-            "On a Swin, as here, it is called MI-SimMIM: a view is the whole grid of patches, with mask tokens "
-            "in place of the masked\n"
-            "ones, and pixels are reconstructed by their absolute error."
+            "On a Swin, as here, it is called MI-SimMIM: a view is the whole grid of patches, with mask tokens in "
+            "place of the masked\nones, and pixels are reconstructed by their absolute error."
         ),
         vector=", the mean of the map below",
     ),

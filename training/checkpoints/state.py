@@ -98,6 +98,7 @@ ONCE_FIXED = {
     "schedule.start": 0.0,
     "drop_path_rate": 0.0,
     "classifier_pooling": "mean",
+    "mi_ramp_steps": 0,
 }
 
 
