@@ -13,7 +13,7 @@ from mimae.families.registry import family_named
 from mimae.flags.model_fields import config_fields
 
 from .frozen import PROBE_IMAGES
-from .plan import ALL, CORRUPTED, FEW, FROZEN, PRETRAIN, Group, Run, Scale, recipe_at, tasks
+from .plan import ALL, CORRUPTED, FEW, FEW_SEEDS, FROZEN, PRETRAIN, Group, Run, Scale, recipe_at, tasks
 from .records import Records
 
 TRAIN_IMAGES, TEST_IMAGES = 60_000, 10_000  # of Fashion-MNIST
@@ -30,7 +30,7 @@ def operations(run: Run, stage: str) -> float:
     return {
         PRETRAIN: PASSES * per_view * (run.views if run.arm.is_trained else run.scale.views_per_step),
         FROZEN: per_image * (PROBE_IMAGES + TEST_IMAGES),
-        FEW: per_image * (PASSES * epochs[FEW] * TRAIN_IMAGES / 100 + TEST_IMAGES),
+        FEW: FEW_SEEDS * per_image * (PASSES * epochs[FEW] * TRAIN_IMAGES / 100 + TEST_IMAGES),
         ALL: per_image * (PASSES * epochs[ALL] * TRAIN_IMAGES + TEST_IMAGES),
         CORRUPTED: per_image * CORRUPTED_SETS * TEST_IMAGES,
     }[stage]

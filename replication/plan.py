@@ -8,7 +8,7 @@ a step has 1/N of the images of a step with one.
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from itertools import product
 from pathlib import Path
@@ -23,6 +23,7 @@ STAGES = (PRETRAIN, FROZEN, FEW, ALL, CORRUPTED)
 SHORTEST, MIDDLE, LONGEST = range(3)  # of a scale's budgets
 WARM_UP = 0.1  # of the steps
 REC_ONLY = {"mi_max_weight": 0, "mi_min_weight": 0}
+FEW_SEEDS = 2  # fine-tunings of a model on 1 % of the images; their mean counts
 recipe_at = cache(read_recipe)  # hundreds of runs share a handful; not to be changed
 
 
@@ -83,6 +84,8 @@ class Arm:
         words: what a table calls it.
         fields: of the configuration, on top of the scale's recipe.
         parts: forward passes of a step; negatives do not reach from one to another.
+        has_ramp: whether the weights of the information terms grow over the warm-up.
+        rate: of learning, as a multiple of the recipe's.
         is_swin: whether it is of MI-SimMIM's recipe.
         is_trained: False: one step at a rate of nothing, which leaves random weights.
     """
@@ -91,6 +94,8 @@ class Arm:
     words: str
     fields: Mapping[str, Any] = field(default_factory=dict)
     parts: int = 1
+    has_ramp: bool = False
+    rate: float = 1.0
     is_swin: bool = False
     is_trained: bool = True
 
@@ -119,11 +124,57 @@ def _weights(mi_max: float, mi_min: float) -> Arm:
     return Arm(f"weights-{mi_max:g}-{mi_min:g}", f"λ₂ = {mi_max:g}, λ₃ = {mi_min:g}", fields)
 
 
+# what the paper leaves open: which terms, what a view's vector ẑ is, when the terms begin
+LOSSES: dict[str, tuple[str, dict[str, Any]]] = {
+    "rec-max": ("L_rec + L_max", {"mi_min_weight": 0}),
+    "mi-mae": ("all terms", {}),
+}
+LATENTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "mean": ("mean of the patches", {}),
+    "cls": ("class token", {"latent_pooling": "cls"}),
+    "all": ("mean of all tokens", {"latent_pooling": "all"}),
+}
+# an early threshold: L_rec of the recorded runs fell below it within a twentieth of the steps, at every budget
+GATES: dict[str, tuple[str, dict[str, Any]]] = {
+    "late": ("gate at the recipe's threshold", {}),
+    "open": ("no gate", {"mi_gate_threshold": None}),
+    "ramp": ("no gate, a ramp over the warm-up", {"mi_gate_threshold": None}),
+    "early": ("gate at 0.85", {"mi_gate_threshold": 0.85}),
+}
+Reading = tuple[str, str, str]  # a loss, a latent, a gate
+# these have been run under a name of their own
+NAMED: dict[Reading, str] = {
+    ("rec-max", "mean", "late"): "rec-max",
+    ("mi-mae", "mean", "late"): "mi-mae",
+    ("mi-mae", "mean", "open"): "gate-none",
+    ("mi-mae", "cls", "late"): "latent-cls",
+    ("mi-mae", "all", "late"): "latent-all",
+}
+
+
+def _reading(loss: str, latent: str, gate: str) -> Arm:
+    parts = (LOSSES[loss], LATENTS[latent], GATES[gate])
+    words = "{}; ẑ: {}; {}".format(*(words for words, _ in parts))
+    fields = {name: value for _, each in parts for name, value in each.items()}
+    return Arm(f"{loss}-{latent}-{gate}", words, fields, has_ramp=gate == "ramp")
+
+
+def _at_half_the_rate(arm: Arm) -> Arm:
+    return replace(arm, name=f"{arm.name}-half-rate", words=f"{arm.words}, half the rate", rate=0.5)
+
+
+_READINGS = {each: _reading(*each) for each in product(LOSSES, LATENTS, GATES)}
+READINGS = {each: NAMED.get(each, arm.name) for each, arm in _READINGS.items()}  # names of arms
+# what the rule compares, the simplest first: a trial of two seeds found every arm without a gate ahead of MAE
+CANDIDATES = [READINGS[loss, latent, "open"] for loss, latent in product(LOSSES, ("mean", "cls"))]
+_MAE = Arm("mae", "MAE: one mask, L_rec (a)", {"num_masks": 1, **REC_ONLY})
+_GATE_NONE = Arm("gate-none", "no gate", {"mi_gate_threshold": None})
+
 ARMS = {
     arm.name: arm
     for arm in (
         Arm("untrained", "random weights", is_trained=False),
-        Arm("mae", "MAE: one mask, L_rec (a)", {"num_masks": 1, **REC_ONLY}),
+        _MAE,
         Arm("four-masks", "control: four orthogonal masks, L_rec", REC_ONLY),
         Arm("mi-mae", "MI-MAE (f)"),
         Arm("rec-max", "L_rec + L_max (b)", {"mi_min_weight": 0}),
@@ -140,11 +191,13 @@ ARMS = {
         Arm("six-masks", "6 masks", _masks(6)),
         Arm("eight-masks", "8 masks", _masks(8)),
         Arm("gate-step", "gate that may close again", {"mi_gate_mode": "step"}),
-        Arm("gate-none", "no gate", {"mi_gate_threshold": None}),
+        _GATE_NONE,
         Arm("latent-cls", "ẑ: class token", {"latent_pooling": "cls"}),
         Arm("latent-all", "ẑ: mean of class and patch tokens", {"latent_pooling": "all"}),
         Arm("v-token", "V on each token", {"approximator_unit": "token"}),
         Arm("negatives-quarter", "negatives of a quarter of the step", parts=4),
+        *(arm for each, arm in _READINGS.items() if each not in NAMED),
+        *map(_at_half_the_rate, (_MAE, _GATE_NONE, *(arm for arm in _READINGS.values() if arm.name in CANDIDATES))),
         Arm("simmim", "SimMIM: one mask, L_rec", {"num_masks": 1, **REC_ONLY}, is_swin=True),
         Arm("mi-simmim", "MI-SimMIM", is_swin=True),
     )
@@ -181,7 +234,13 @@ class Run:
             "per_device_train_batch_size": images,
             "gradient_accumulation_steps": self.arm.parts,
         }
-        return flags if self.arm.is_trained else {**flags, "base_learning_rate": 1e-12}
+        if self.arm.has_ramp:
+            flags["mi_ramp_steps"] = flags["warmup_steps"]
+        if not self.arm.is_trained:
+            return {**flags, "base_learning_rate": 1e-12}
+        if self.arm.rate != 1:
+            flags["base_learning_rate"] = self.arm.rate * recipe_at(self.recipe)["base_learning_rate"]
+        return flags
 
     @property
     def is_shown(self) -> bool:
@@ -198,6 +257,8 @@ class Run:
         parts = [recipe_at(self.recipe), self.flags]
         if stage not in (PRETRAIN, FROZEN):
             parts.append(recipe_at(self.scale.finetuning(stage)))
+        if stage == FEW:
+            parts.append({"seeds": FEW_SEEDS})
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -226,6 +287,7 @@ class Group:
         seeds: how many.
         budgets: places in the scale's `steps`.
         stages: after the pre-training; what the group tells of.
+        remark: what the page says of it.
     """
 
     title: str
@@ -234,6 +296,7 @@ class Group:
     budgets: tuple[int, ...]
     stages: tuple[str, ...] = (FROZEN,)
     further: tuple[str, ...] = ()
+    remark: str = ""
 
     @property
     def arms(self) -> list[str]:
@@ -259,6 +322,34 @@ GROUPS = (
         seeds=5,
         budgets=(SHORTEST, MIDDLE, LONGEST),
         further=("untrained",),
+        remark="Four orthogonal masks and L_rec alone are the control that reviewer 4 of the paper asked for in "
+        "public ([OpenReview](https://openreview.net/forum?id=NoiaAT0eec)).",
+    ),
+    Group(
+        "Where MI-MAE pays: the readings that the rule compares",
+        (
+            *(Comparison(arm, "mae", +1, {"linear_cls": 1.3, FEW: 1.2}) for arm in CANDIDATES),
+            *(Comparison(arm, "four-masks") for arm in CANDIDATES),
+            Comparison("four-masks", "mae"),
+        ),
+        seeds=5,
+        budgets=(SHORTEST, MIDDLE, LONGEST),
+        stages=(FROZEN, FEW),
+        further=("untrained",),
+    ),
+    Group(
+        "Where MI-MAE pays: the other readings",
+        tuple(Comparison(arm, "mae", +1) for arm in READINGS.values() if arm not in CANDIDATES),
+        seeds=3,
+        budgets=(SHORTEST, MIDDLE, LONGEST),
+        stages=(FROZEN, FEW),
+    ),
+    Group(
+        "Where MI-MAE pays: another learning rate",
+        tuple(Comparison(f"{arm}-half-rate", "mae-half-rate", +1) for arm in CANDIDATES),
+        seeds=3,
+        budgets=(MIDDLE,),
+        stages=(FROZEN, FEW),
     ),
     Group(
         "Table 3a: the terms of the loss",
@@ -325,7 +416,7 @@ GROUPS = (
     ),
     Group(
         "Table 1 by fine-tuning on all images, and Table 5",
-        _headline({ALL: 0.5}),
+        (*_headline({ALL: 0.5}), *(Comparison(arm, "mae", +1, {ALL: 0.5}) for arm in CANDIDATES)),
         seeds=3,
         budgets=(LONGEST,),
         stages=(ALL, CORRUPTED),
@@ -341,9 +432,9 @@ GROUPS = (
 
 
 def runs_of(group: Group, scale: Scale) -> list[Run]:
-    """All arms with one seed before any with the next; random weights have one length."""
+    """A budget before the next, and in it all arms with one seed before any with the next; random weights have one."""
     found = []
-    for seed, budget, name in product(range(group.seeds), group.budgets, group.arms):
+    for budget, seed, name in product(group.budgets, range(group.seeds), group.arms):
         arm = ARMS[name]
         if arm.is_trained:
             found.append(Run(scale, arm, scale.steps[budget], seed))

@@ -9,6 +9,7 @@ from functools import partial
 from itertools import pairwise
 from multiprocessing import active_children, get_context
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -18,11 +19,12 @@ from mimae.flags.recipes import as_argv, read_recipe
 from mimae.training.jsonl import read_jsonl
 
 from .frozen import measure_frozen
-from .plan import ALL, CORRUPTED, FEW, FROZEN, PRETRAIN, Run
+from .plan import ALL, CORRUPTED, FEW, FEW_SEEDS, FROZEN, PRETRAIN, Run
 
 SERIES = ("reconstruction_loss", "mi_max_loss", "mi_min_loss", "mi_active")
 POINTS = 40  # of a series that are kept
 OUTCOME = "outcome.json"
+SEEDS_APART = 1000  # of several fine-tunings of one model: more than there are runs of an arm
 # one of each kind: noise, blur, weather, digital
 CORRUPTIONS = ["gaussian_noise", "defocus_blur", "fog", "contrast", "pixelate"]
 # a child is forked from a server that has imported all this once
@@ -107,10 +109,11 @@ def frozen(run: Run, folder: Path, machine: dict[str, Any]) -> dict[str, Any]:
 
 
 def finetune(run: Run, folder: Path, machine: dict[str, Any], stage: str) -> dict[str, Any]:
-    """Fine-tuning; the metric is the accuracy on the test images, in percent."""
-    flags = {"model_name_or_path": model_of(folder), "seed": run.seed}
-    accuracy = _classify(run, folder, machine, stage, flags)["metrics"]["accuracy"]
-    return {"metrics": {stage: 100 * accuracy}}
+    """Fine-tuning; the metric is the accuracy on the test images, in percent, on few images a mean over some seeds."""
+    seeds = [run.seed + SEEDS_APART * number for number in range(FEW_SEEDS if stage == FEW else 1)]
+    flags = [{"model_name_or_path": model_of(folder), "seed": seed} for seed in seeds]
+    accuracies = [100 * _classify(run, folder, machine, stage, each)["metrics"]["accuracy"] for each in flags]
+    return {"metrics": {stage: fmean(accuracies)}, "each": accuracies}
 
 
 def corrupt(run: Run, folder: Path, machine: dict[str, Any]) -> dict[str, Any]:
