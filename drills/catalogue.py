@@ -20,7 +20,7 @@ def drills(quick: bool = False) -> dict[str, Drill]:
     several = (2,) if quick else (2, 4)  # processes
     over_http = 22 if quick else network.STEPS
     return {
-        "kills": partial(kills.kills_in_a_run, kills=3 if quick else 100),
+        "kills": partial(kills.kills_in_a_run, kills=2 if quick else 100),
         "saves": partial(kills.kills_in_saves, kills=3 if quick else 100),
         "sigterm": partial(kills.stop_signal, name="SIGTERM"),
         "sigusr1": partial(kills.stop_signal, name="SIGUSR1"),
@@ -49,7 +49,7 @@ def drills(quick: bool = False) -> dict[str, Drill]:
         "gradients": partial(processes.gradients, world_sizes=several, accumulations=(1, 3)),
         "travel": shuffling.travel,
         "memory": shuffling.memory,
-        "stall": partial(saving.stall, preset="vit-tiny" if quick else "vit-base"),
+        "stall": partial(saving.stall, preset="vit-tiny", saves=2) if quick else saving.stall,
     }
 
 

@@ -12,11 +12,10 @@ from .outcome import Outcome
 RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "imagenet" / "mimae_vit_base_200e.yaml"
 IMAGES_PER_EPOCH = 1_281_167
 RATE = 8 * 1_500  # images per second: what the recipe's 8 GPUs are assumed to do
-SAVES = 4
 SHARE = "share of the training time of mimae_vit_base_200e.yaml"
 
 
-def stall(folder: Path, preset: str = "vit-base") -> Outcome:
+def stall(folder: Path, preset: str = "vit-base", saves: int = 4) -> Outcome:
     """Trains a model at full size for a few steps, each with a checkpoint."""
     flags = {
         "preset": preset,
@@ -25,7 +24,7 @@ def stall(folder: Path, preset: str = "vit-base") -> Outcome:
         "streaming": False,
         "dataloader_num_workers": 0,
         "per_device_train_batch_size": 2,
-        "max_train_steps": SAVES,
+        "max_train_steps": saves,
         "checkpointing_steps": 1,
         "evaluation_steps": 1000,
         "logging_steps": 1,
@@ -38,7 +37,7 @@ def stall(folder: Path, preset: str = "vit-base") -> Outcome:
     }
     run = Run(folder / "run", flags, recipe=RECIPE).finish()
     seconds = statistics.median(line["seconds"] for line in run.record.lines() if "seconds" in line)
-    size = sum(path.stat().st_size for path in (run.output_dir / f"checkpoint-{SAVES}").rglob("*"))
+    size = sum(path.stat().st_size for path in (run.output_dir / f"checkpoint-{saves}").rglob("*"))
     epochs = yaml.safe_load(RECIPE.read_text())["checkpointing_epochs"]
     between = epochs * IMAGES_PER_EPOCH / RATE
     share = seconds / (seconds + between)

@@ -24,6 +24,7 @@ from mimae.flags.pretraining import PretrainingArguments
 from mimae.flags.recipes import as_argv, parse_arguments, read_recipe
 from mimae.replication import __main__ as replication
 from mimae.replication import costs
+from mimae.replication import records as records_module
 from mimae.replication import work as work_module
 from mimae.replication.costs import operations, price, seconds
 from mimae.replication.frozen import Poolings, compare_views, effective_rank
@@ -216,6 +217,14 @@ def test_a_verdict_follows_from_the_interval_and_the_claim(mean, half_width, cla
 # --- what is kept ----------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(autouse=True)
+def one_commit(monkeypatch):
+    """Hundreds of records are written here; git and the versions are asked once."""
+    versions = records_module.package_versions()
+    monkeypatch.setattr(records_module, "source_commit", lambda: "0" * 40)
+    monkeypatch.setattr(records_module, "package_versions", lambda: dict(versions))
+
+
 def add(records, run, stage, **outcome):
     records.add(run, stage, {**OUTCOME, **outcome}, operations=1e9, seconds=2.0, device="here")
 
@@ -294,6 +303,7 @@ def test_every_arm_of_a_scale_has_a_price(scale):
         assert operations(run, FROZEN) > 0, arm.name
 
 
+@pytest.mark.usefixtures("counted")
 def test_time_that_is_left_follows_from_the_rates_of_what_is_done(tmp_path):
     records, run = Records(tmp_path / "small.jsonl"), Run(SMALL, ARMS["mae"], 800, 0)
     assert seconds(run, PRETRAIN, records) is None
@@ -507,6 +517,7 @@ def tiny_recipes(folder: Path) -> dict[str, Path]:
     return found
 
 
+@pytest.mark.usefixtures("counted")
 def test_a_study_is_done_once_goes_on_where_it_was_and_can_be_run_again(tiny, tmp_path, monkeypatch, capsys):
     group = replace(GROUPS[0], seeds=2, budgets=(MIDDLE,), stages=(FROZEN, FEW), further=())
     monkeypatch.setattr("mimae.replication.plan.GROUPS", (group,))
