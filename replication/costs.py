@@ -19,7 +19,7 @@ from .records import Records
 TRAIN_IMAGES, TEST_IMAGES = 60_000, 10_000  # of Fashion-MNIST
 CORRUPTED_SETS = 25  # five corruptions, five severities
 PASSES = 3  # a backward pass costs two forward ones
-# fields of a configuration that change no tensor's shape
+# fields of a configuration that change no matrix product's shape
 WITHOUT_COST = {"latent_pooling", "mask_strategy", "mi_gate_mode", "mi_gate_threshold", "train_approximator"}
 
 

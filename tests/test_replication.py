@@ -360,8 +360,8 @@ def test_a_budget_that_lacks_a_seed_is_not_judged(tmp_path):
     assert decide(SMALL, records).judged == []
 
 
-def test_the_plan_and_its_rule_stand_on_the_page_before_any_result(tmp_path, monkeypatch):
-    monkeypatch.setattr(costs, "_forward_operations", lambda recipe, fields: (1e6, 1e6))
+@pytest.mark.usefixtures("counted")
+def test_the_plan_and_its_rule_stand_on_the_page_before_any_result(tmp_path):
     (tmp_path / "replication").mkdir()
     write_report(tmp_path)
     page = (tmp_path / "replication.md").read_text()

@@ -152,7 +152,12 @@ def test_all_state_of_a_trainer_is_born_in_its_constructor(tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize(
-    ("threshold", "steps"), [(0.9, 36), pytest.param(0.5, 400, marks=pytest.mark.extended, id="the default")]
+    ("threshold", "steps"),
+    [
+        (0.9, 36),
+        pytest.param(0.65, 90, marks=pytest.mark.extended),
+        pytest.param(0.5, 400, marks=pytest.mark.extended, id="the default"),
+    ],
 )
 def test_a_digits_run_lowers_reconstruction_and_opens_the_gate_at_its_threshold(tmp_path, capsys, threshold, steps):
     size = {"patch_size": 2, "hidden_size": 48, "num_hidden_layers": 2, "intermediate_size": 192}
